@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's wire table: bits per parameter that each worker receives per step, from the ledger.
+
+    python benchmarks/wire_table.py
+
+The tree is one matrix of 4096 x 4096 (16.8 M parameters). A test compares this script's output with
+the README, and others compare the ledger with compiled programs.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from distlion_jax import full_precision_cost, wire_cost
+
+WORKERS = (2, 4, 8, 32, 128)
+PARAMS = {"w": jax.ShapeDtypeStruct((4096, 4096), jnp.float32)}
+ROWS: tuple[tuple[str, dict[str, str]], ...] = (
+    ("majority, coin ties, `two_phase`", {"ties": "coin", "transport": "two_phase"}),
+    ("majority, zero ties, `two_phase`", {"transport": "two_phase"}),
+    ("majority, `all_gather`", {"transport": "all_gather"}),
+    ("majority, ternary ballot, `two_phase`", {"ballot": "ternary", "transport": "two_phase"}),
+    ("average, `two_phase`", {"aggregation": "average", "transport": "two_phase"}),
+    ("majority, `psum` (uncompressed oracle)", {"transport": "psum"}),
+)
+
+
+def table() -> str:
+    """Return the table in Markdown."""
+    head = "| bits received per parameter and step | " + " | ".join(f"n = {n}" for n in WORKERS)
+    lines = [head + " |", "|---" * (len(WORKERS) + 1) + "|"]
+    full = [full_precision_cost(PARAMS, n).bits_per_parameter for n in WORKERS]
+    rows = [("full precision (ring all-reduce, float32)", full)]
+    for name, options in ROWS:
+        costs = [wire_cost(PARAMS, n, **options) for n in WORKERS]  # type: ignore[arg-type]
+        rows.append((name, [cost.bits_per_parameter for cost in costs]))
+    lines += [f"| {name} | " + " | ".join(f"{b:.2f}" for b in bits) + " |" for name, bits in rows]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

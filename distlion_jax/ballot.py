@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradient and local momentum -> this worker's ballot; the rule for zeros and non-finite values.
+
+In:  the worker's own gradient and momentum leaves (they differ by worker).
+Out: a :class:`Ballot`: packed votes, where they count, and the worker's weight.
+
+One bit cannot say "no opinion", and a coordinate whose blend ``b1*m + (1-b1)*g`` is exactly 0 has
+none. Sent as a constant +1 or -1 it would drag frozen layers, padded rows and never-seen
+embeddings by the learning rate every step. So a ballot has a second, smaller plane:
+
+* ``binary``: one presence bit per block of 128 coordinates. A block that is all zero abstains; an
+  isolated zero in a live block votes by a fair coin of (step, coordinate, worker).
+* ``ternary``: a presence bit per coordinate. Zeros abstain exactly, and so do blends within
+  ``threshold`` of 0.
+
+A worker with any non-finite blend abstains everywhere: it sits the round out.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from distlion_jax import words
+from distlion_jax.rules import Rules
+
+
+class Ballot(NamedTuple):
+    """What one worker sends. It differs by worker; every field has the same shape on all."""
+
+    votes: Array  # uint32[groups, 128]: 1 for +1, 0 for -1
+    present: Array  # uint32[groups, 1] (binary) or [groups, 128] (ternary): where votes count
+    weight: Array  # int32[]: the worker's say; 0: it sits the round out
+
+
+def _code(b1: ArrayLike, threshold: ArrayLike) -> Callable[..., Array]:
+    """Two-bit code of a blend: bit 0 positive, bit 8 an opinion; bit 0 alone: not finite."""
+
+    def code(g: Array, m: Array) -> Array:
+        blend = (1.0 - b1) * g + b1 * m  # Optax's order of operations, so that n = 1 is its Lion
+        positive = blend > threshold
+        opinion = positive | (blend < jnp.negative(threshold))  # a NaN has none
+        bits = positive.astype(jnp.uint16) | (opinion.astype(jnp.uint16) << np.uint16(8))
+        return jnp.where(jnp.abs(blend) < jnp.inf, bits, np.uint16(1))
+
+    return code
+
+
+def cast(
+    layout: words.Layout,
+    gradients: Sequence[Array],
+    mu: Sequence[Array],
+    rules: Rules,
+    b1: ArrayLike,
+    threshold: ArrayLike,
+    weight: Array,
+    step: Array,
+    worker: Array,
+) -> Ballot:
+    """Casts this worker's ballot in one pass over gradient and momentum.
+
+    Args:
+      layout: of the leaves.
+      gradients: this worker's own gradients.
+      mu: this worker's own momentum, same shapes.
+      rules: ``ballot``, the kind of presence.
+      b1: weight of the momentum in the blend.
+      threshold: blends with ``|blend| <= threshold`` have no opinion.
+      weight: ``int32[]``, this worker's say; 0 sits out.
+      step: ``int32[]``, the round, for the coins.
+      worker: ``int32[]``, this worker's index, for the coins.
+
+    Returns:
+      The ballot; ``weight`` is 0 and nothing is present where the worker sits out.
+    """
+    positive, opinion = words.pack(layout, _code(b1, threshold), gradients, mu)
+    finite = jnp.all((positive & ~opinion) == 0)  # found in the words: no pass over the floats
+    weight = jnp.where(finite, weight, 0)
+    if rules.ballot == "binary":
+        coin = words.coins(step, worker + 1, 0, layout.groups)
+        votes, present = positive | (coin & ~opinion), words.any_in_block(opinion)
+    else:
+        votes, present = positive, opinion
+    present = jnp.where(weight > 0, present, np.uint32(0))
+    return Ballot(votes, present, weight)

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is wrong with an input, said where it is met: argument, value, and the way out.
+
+In:  what a caller passed to ``init`` or ``update`` (shapes, dtypes, replication; never values of
+     traced arrays, which abstain instead, see :mod:`distlion_jax.ballot`).
+Out: nothing, or a ``ValueError``. Static options are checked in :mod:`distlion_jax.rules`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from distlion_jax import wire
+from distlion_jax.rules import AxisName, Rules
+
+
+def check_params(tree: Any, mu_dtype: DTypeLike | None) -> None:
+    """Raises unless the tree has coordinates, all of them real floating-point numbers."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    if not any(x.size for _, x in leaves):
+        raise ValueError(
+            f"`params` has nothing to vote on: {len(leaves)} leaves with 0 coordinates in all. "
+            "Pass the trainable parameters (a filter or mask may have removed them all)."
+        )
+    for path, x in leaves:
+        name = f"`params{jax.tree_util.keystr(path)}`"
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(
+                f"{name} has dtype {x.dtype}: a vote needs real floating-point parameters. Freeze "
+                "it with optax.partition and optax.set_to_zero, or split complex numbers in two."
+            )
+        check_mu_dtype(f"{name}: the momentum's dtype", mu_dtype or x.dtype)
+
+
+def check_mu_dtype(name: str, dtype: DTypeLike) -> None:
+    """Raises for a momentum that cannot decay: float16, float8, integers."""
+    dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).minexp > -100:
+        raise ValueError(
+            f"{name} must be float32 or bfloat16; got {dtype}. A float16 momentum never decays to "
+            "0 (0.99 times its smallest number rounds back to it), so that one touch votes for "
+            "ever; "
+            "pass mu_dtype=jnp.float32 or mu_dtype=jnp.bfloat16."
+        )
+
+
+def check_update(updates: Any, mu: Any, axis_name: AxisName) -> None:
+    """Raises unless gradients match the momentum and are the worker's own."""
+    if jax.tree.structure(updates) != jax.tree.structure(mu):
+        raise ValueError(
+            f"`updates` (gradients) and the state's momentum differ in structure: "
+            f"{jax.tree.structure(updates)} against {jax.tree.structure(mu)}. Initialise the state "
+            "from the same parameters that are differentiated."
+        )
+    named = [
+        (f"updates{jax.tree_util.keystr(path)}", x)
+        for path, x in jax.tree_util.tree_leaves_with_path(updates)
+    ]
+    for (name, g), m in zip(named, jax.tree.leaves(mu), strict=True):
+        if jnp.shape(m) not in (jnp.shape(g), (1, *jnp.shape(g))):
+            raise ValueError(
+                f"`{name}` has shape {jnp.shape(g)}, its momentum {jnp.shape(m)}. Inside the "
+                "mapped function both have the parameter's shape: take the leading worker axis "
+                "off the "
+                "state (distlion_jax.mesh does), and do not stack gradients."
+            )
+    if summed := wire.unvarying(named, axis_name):
+        raise ValueError(
+            f"`{summed[0]}` is the same on all workers of axis {axis_name!r} ({len(summed)} of "
+            f"{len(named)} leaves are): it has been summed over them already, by autodiff of "
+            "replicated parameters under jax.shard_map, so that full-precision gradients crossed "
+            "the network and a vote would be theatre. Differentiate with "
+            "distlion_jax.local_value_and_grad, or with respect to jax.lax.pcast(params, "
+            f"{axis_name!r}, to='varying')."
+        )
+
+
+def check_workers(n: int, axis_name: AxisName, allow_single_worker: bool) -> None:
+    """Raises for an axis of one worker that was not asked for."""
+    if n < 2 and not allow_single_worker:
+        raise ValueError(
+            f"`axis_name` {axis_name!r} has {n} worker: nobody to vote with. Check the mesh (on "
+            "CPU, jax.config.update('jax_num_cpu_devices', 8) makes 8 workers); or pass "
+            "axis_name=None "
+            "for plain Lion, or allow_single_worker=True to run the same code on one device."
+        )
+
+
+def say(rules: Rules, participating: ArrayLike, weight: ArrayLike | None) -> Array:
+    """This worker's weight, 0 if it sits out; checks what can be checked without values."""
+    if jnp.shape(participating) or not jnp.issubdtype(jnp.result_type(participating), jnp.bool_):
+        raise ValueError(
+            "`participating` must be a bool scalar, this worker's own; got "
+            f"{jnp.result_type(participating)}{list(jnp.shape(participating))}."
+        )
+    if weight is None:
+        return jnp.where(participating, 1, 0).astype(jnp.int32)
+    if jnp.shape(weight) or not jnp.issubdtype(jnp.result_type(weight), jnp.integer):
+        raise ValueError(
+            "`weight` must be an integer scalar, this worker's own; got "
+            f"{jnp.result_type(weight)}{list(jnp.shape(weight))}."
+        )
+    if rules.max_weight is None:
+        raise ValueError(
+            "`weight` was passed but `max_weight` is None: pass max_weight=<the largest weight> to "
+            "the optimizer, which decides how many bits the counters need."
+        )
+    if isinstance(weight, int) and not 0 <= weight <= rules.top_weight:
+        raise ValueError(
+            f"`weight` must lie in [0, max_weight={rules.top_weight}]; got {weight}. Raise "
+            "max_weight, or divide all weights by a common factor."
+        )
+    weight = jnp.asarray(weight)
+    valid = (weight > 0) & (weight <= rules.top_weight)  # a traced one out of range sits out
+    return jnp.where(jnp.asarray(participating) & valid, weight, 0).astype(jnp.int32)

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where things live: the mesh, state per worker, replicated parameters, local gradients.
+
+What differs by worker is kept apart from what does not. Outside the mapped function the whole
+optimizer state carries a leading worker axis of size n, sharded over the mesh axis (the form of
+pmap's stacked state, so that checkpoints are interchangeable), and parameters are replicated.
+Inside, each worker sees its own state in the parameters' shapes, and a gradient that is truly its
+own. :mod:`distlion_jax.train` makes a whole train step of these pieces.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from distlion_jax import wire
+from distlion_jax.lion import ScaleByDistributedLionState
+from distlion_jax.rules import AxisName
+
+
+def worker_mesh(
+    n: int | None = None, axis_name: str = "data", devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh of one axis, a device per worker.
+
+    Args:
+      n: number of workers; None: all devices, of which there must be at least two.
+      axis_name: the axis.
+      devices: None: ``jax.devices()``, of all processes.
+
+    Raises:
+      ValueError: for fewer devices than workers, or a single one that was not asked for by n=1.
+
+    Examples:
+      >>> dict(worker_mesh(8).shape)
+      {'data': 8}
+    """
+    devices = jax.devices() if devices is None else devices
+    wanted = max(2, len(devices)) if n is None else n
+    if not 1 <= wanted <= len(devices):
+        raise ValueError(
+            f"`n` must lie in [1, {len(devices)}] (the devices there are); got {wanted}. On CPU, "
+            f"jax.config.update('jax_num_cpu_devices', {max(wanted, 2)}) before anything else runs "
+            "makes that many; n=1 asks for one worker."
+        )
+    return jax.make_mesh((wanted,), (axis_name,), (AxisType.Auto,), devices=devices[:wanted])
+
+
+def local_value_and_grad(
+    fun: Callable[..., Any], axis_name: AxisName = "data", has_aux: bool = False
+) -> Callable[..., tuple[Any, Any]]:
+    """``jax.value_and_grad`` of this worker alone, also where autodiff would sum over workers.
+
+    Under ``jax.shard_map`` with its replication check, differentiating by replicated parameters
+    makes JAX add an all-reduce of the gradients, in full precision. This marks the parameters as
+    varying over the axis first. Under pmap, vmap and ``check_vma=False`` it changes nothing.
+
+    Args:
+      fun: function of (params, ...) to a scalar, or (scalar, aux) with ``has_aux``.
+      axis_name: the axis, or axes, that gradients must not be summed over.
+      has_aux: as in ``jax.value_and_grad``.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> grad = local_value_and_grad(lambda x, a: a * x)
+      >>> def worker(a):
+      ...     return grad(jnp.float32(1.0), a)[1]
+      >>> print(jax.vmap(worker, axis_name="data")(jnp.array([1.0, 2.0])))
+      [1. 2.]
+    """
+    value_and_grad = jax.value_and_grad(fun, has_aux=has_aux)
+
+    def local(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        params = jax.tree.map(lambda x: wire.vary(x, axis_name), params)
+        return value_and_grad(params, *args, **kwargs)
+
+    return local
+
+
+def _is_vote(node: Any) -> bool:
+    return isinstance(node, ScaleByDistributedLionState)
+
+
+def _map_state(f: Callable[[Any], Any], state: Any) -> Any:
+    """Maps every leaf but a vote's momentum, which keeps its worker axis inside too.
+
+    A reshape between the old momentum and the new would keep XLA from overwriting it in place (two
+    more passes over memory); ``update`` takes either shape.
+    """
+
+    def one(node: Any) -> Any:
+        if not _is_vote(node):
+            return f(node)
+        return jax.tree.map(f, node._replace(mu=()))._replace(mu=node.mu)
+
+    return jax.tree.map(one, state, is_leaf=_is_vote)
+
+
+def unstack(state: Any, axis_name: AxisName = "data") -> Any:
+    """Inside the mapped function: takes the worker axis (of size 1 here) off the state.
+
+    Scalars of other transformations (a schedule's count, injected hyperparameters) are the same on
+    all workers but JAX cannot know; where it checks, they are replaced by worker 0's, in one small
+    all-reduce, so that what depends on them comes out replicated.
+
+    Examples:
+      >>> def worker(count):
+      ...     return stack(unstack({"count": count})["count"] + 1)
+      >>> by_worker = P("data")
+      >>> mesh = worker_mesh(8)
+      >>> mapped = jax.shard_map(worker, mesh=mesh, in_specs=by_worker, out_specs=by_worker)
+      >>> print(jax.jit(mapped)(jnp.zeros(8)))
+      [1. 1. 1. 1. 1. 1. 1. 1.]
+    """
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+        if x.shape[:1] != (1,):
+            raise ValueError(
+                f"`state{jax.tree_util.keystr(path)}` has shape {x.shape} on a worker; a leading "
+                "axis of 1 was expected. The state must be made for as many workers as the mesh "
+                "has (init_state), and mapped with PartitionSpec(axis_name)."
+            )
+    state = _map_state(lambda x: x[0], state)
+    if not wire.is_checked(axis_name):
+        return state
+    nodes, treedef = jax.tree.flatten(state, is_leaf=_is_vote)
+    scalars = [i for i, x in enumerate(nodes) if not _is_vote(x) and x.ndim == 0]
+    if scalars:
+        first = jax.lax.axis_index(axis_name) == 0
+        mine = [jnp.where(first, nodes[i], jnp.zeros_like(nodes[i])) for i in scalars]
+        for i, x in zip(scalars, jax.lax.psum(mine, axis_name), strict=True):
+            nodes[i] = x.astype(nodes[i].dtype)
+    return treedef.unflatten(nodes)
+
+
+def stack(state: Any) -> Any:
+    """Inside the mapped function: puts the worker axis back on.
+
+    Examples:
+      >>> stack({"count": jnp.zeros(())})["count"].shape
+      (1,)
+    """
+    return _map_state(lambda x: x[None], state)
+
+
+def workers(mesh: Mesh, axis_name: AxisName) -> int:
+    """Number of workers on the axis, or axes, of the mesh."""
+    missing = [name for name in wire.axes(axis_name) if name not in mesh.shape]
+    if missing:
+        raise ValueError(
+            f"`axis_name` {axis_name!r} is not an axis of the mesh, which has {mesh.axis_names}."
+        )
+    return int(np.prod([mesh.shape[name] for name in wire.axes(axis_name)]))
+
+
+def init_state(
+    tx: optax.GradientTransformation, params: Any, mesh: Mesh, axis_name: AxisName = "data"
+) -> Any:
+    """The transformation's initial state for every worker: leading axis n, sharded over the axis.
+
+    Args:
+      tx: the transformation.
+      params: parameters, without a worker axis.
+      mesh: the mesh.
+      axis_name: its axis, or axes, that the workers lie on.
+
+    Examples:
+      >>> from distlion_jax.lion import scale_by_distributed_lion
+      >>> state = init_state(scale_by_distributed_lion(), {"w": jnp.zeros(3)}, worker_mesh(8))
+      >>> state.mu["w"].shape
+      (8, 3)
+    """
+    n = workers(mesh, axis_name)
+
+    def make(params: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *x.shape)), tx.init(params))
+
+    return jax.jit(make, out_shardings=NamedSharding(mesh, P(wire.axes(axis_name))))(params)
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """A copy of the tree on every device of the mesh (parameters; safe to donate).
+
+    Examples:
+      >>> replicate({"w": jnp.zeros(3)}, worker_mesh(8))["w"].is_fully_replicated
+      True
+    """
+    copy = jax.jit(lambda t: jax.tree.map(jnp.copy, t), out_shardings=NamedSharding(mesh, P()))
+    return copy(tree)

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A policy per parameter: which leaves vote, which are averaged, which never move.
+
+In:  a tree of labels. Out: one transformation in which all groups share the learning rate, the
+weight decay and the decision who takes part in a round.
+
+``optax.masked`` or ``optax.partition`` with ``optax.identity`` around a vote lets a leaf's *local*
+gradient through, and replicas part ways in silence. Every label here ends in something that is the
+same on all workers.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from distlion_jax import ledger
+from distlion_jax.dense import all_finite, scale_by_averaged_lion
+from distlion_jax.lion import scale_by_distributed_lion
+from distlion_jax.rules import AxisName, Rules
+
+LABELS: tuple[str, ...] = ("majority", "average", "full", "frozen")
+
+
+def _labels_of(labels: Any, params: Any) -> Any:
+    """The label tree, spread over the parameters and checked."""
+    tree = labels(params) if callable(labels) else labels
+    tree = jax.tree.broadcast(tree, params)
+    for path, label in jax.tree_util.tree_leaves_with_path(tree):
+        if label not in LABELS:
+            raise ValueError(
+                f"`labels{jax.tree_util.keystr(path)}` must be one of "
+                f"{', '.join(map(repr, LABELS))}; got {label!r}."
+            )
+    return tree
+
+
+def distributed_lion_by_label(
+    learning_rate: optax.ScalarOrSchedule,
+    labels: Any | Callable[[optax.Params], Any],
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.99,
+    weight_decay: optax.ScalarOrSchedule = 1e-3,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    *,
+    axis_name: AxisName = "data",
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Distributed Lion with a label per leaf, in one step.
+
+    Args:
+      learning_rate, b1, b2, weight_decay, mask, axis_name: as in ``distributed_lion``; weight
+        decay reaches every leaf but the frozen ones.
+      labels: tree (or prefix of one, or function of params) with ``"majority"`` or ``"average"``
+        (one-bit votes), ``"full"`` (Lion on the gradients' full-precision mean) or ``"frozen"``
+        (never moves, sends nothing).
+      **options: further options of ``scale_by_distributed_lion`` but ``aggregation``.
+
+    Returns:
+      A transformation. A worker with a non-finite gradient in *any* leaf that is not frozen sits
+      the round out in *all* groups. Its cost is :func:`wire_cost_by_label`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> params = {"w": jnp.zeros(3), "norm": jnp.ones(2)}
+      >>> tx = distributed_lion_by_label(0.1, {"w": "majority", "norm": "frozen"})
+      >>> def updates(g):
+      ...     return tx.update({"w": g, "norm": g[:2]}, tx.init(params), params)[0]
+      >>> out = jax.vmap(updates, axis_name="data")(jnp.array([[1.0, 2.0, -3.0]] * 2))
+      >>> print(out["w"][0], jnp.abs(out["norm"][0]))
+      [-0.1 -0.1  0.1] [0. 0.]
+    """
+    if "aggregation" in options:
+        raise ValueError("`aggregation` is what the labels say: 'majority' or 'average' per leaf.")
+    directions = {
+        "majority": scale_by_distributed_lion(b1, b2, axis_name=axis_name, **options),
+        "average": scale_by_distributed_lion(
+            b1, b2, axis_name=axis_name, aggregation="average", **options
+        ),
+        "full": scale_by_averaged_lion(b1, b2, options.get("mu_dtype"), axis_name=axis_name),
+        "frozen": optax.set_to_zero(),
+    }
+
+    def live(params: Any) -> Any:
+        return jax.tree.map(lambda label: label != "frozen", _labels_of(labels, params))
+
+    def groups(params: Any) -> optax.GradientTransformationExtraArgs:
+        """Only the groups that have leaves: a vote with nothing to vote on is an error."""
+        tree = _labels_of(labels, params)
+        used = {label: directions[label] for label in jax.tree.leaves(tree)}
+        return optax.with_extra_args_support(optax.partition(used, tree))
+
+    def init_fn(params: optax.Params) -> Any:
+        return groups(params).init(params)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        participating: ArrayLike = True,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Any]:
+        moving = jax.tree.map(lambda g, keep: g if keep else None, updates, live(updates))
+        take = jnp.asarray(participating) & all_finite(moving)
+        return groups(updates).update(updates, state, params, participating=take, **extra_args)
+
+    def decay_mask(params: Any) -> Any:
+        chosen = mask(params) if callable(mask) else (True if mask is None else mask)
+        chosen = jax.tree.broadcast(chosen, params)
+        return jax.tree.map(lambda a, b: a and b, chosen, live(params))
+
+    return optax.chain(
+        optax.GradientTransformationExtraArgs(init_fn, update_fn),
+        optax.add_decayed_weights(weight_decay, decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def wire_cost_by_label(params: Any, labels: Any, n: int, **options: Any) -> ledger.WireCost:
+    """Exact wire cost of one :func:`distributed_lion_by_label` step.
+
+    Args:
+      params: tree of arrays or ``jax.ShapeDtypeStruct``.
+      labels: as in ``distributed_lion_by_label``.
+      n: number of workers.
+      **options: ``transport``, ``ties``, ``ballot``, ``max_weight``, ``health``.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> params = {"w": jnp.zeros((512, 512)), "norm": jnp.zeros(512)}
+      >>> cost = wire_cost_by_label(params, {"w": "majority", "norm": "full"}, n=8)
+      >>> [c.op for c in cost.collectives]
+      ['all-reduce', 'all-to-all', 'all-gather']
+    """
+    names = jax.tree.leaves(_labels_of(labels, params))
+    leaves = jax.tree.leaves(params)
+    moved: list[ledger.Collective] = []
+    transports = []
+    for label in dict.fromkeys(names):
+        group = [x for x, name in zip(leaves, names, strict=True) if name == label]
+        if label == "full":
+            moved += ledger.full_precision_cost(group, n).collectives
+        elif label != "frozen":
+            rules = Rules(aggregation=label, **options)
+            cost = ledger.cost(ledger.layout_of(group), n, rules)
+            moved += cost.collectives
+            transports.append(cost.transport)
+    size = ledger.layout_of(params).size
+    return ledger.WireCost("+".join(dict.fromkeys(transports)), size, tuple(moved))

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The static rules of a vote, checked once, where they are chosen.
+
+Everything that decides shapes, bytes or semantics is here and is a Python value; what may be
+traced (``b1``, ``b2``, ``threshold``, ``learning_rate``) is not. Errors name the argument, the
+value, what is allowed and the way out.
+"""
+
+import dataclasses
+import operator
+from typing import Any, Literal
+
+Aggregation = Literal["majority", "average"]
+Transport = Literal["auto", "all_gather", "two_phase", "psum"]
+Ties = Literal["zero", "coin"]
+Ballot = Literal["binary", "ternary"]
+Health = Literal["off", "total", "leaf"]
+AxisName = str | tuple[str, ...]
+
+AGGREGATIONS: tuple[str, ...] = ("majority", "average")
+TRANSPORTS: tuple[str, ...] = ("auto", "all_gather", "two_phase", "psum")
+TIES: tuple[str, ...] = ("zero", "coin")
+BALLOTS: tuple[str, ...] = ("binary", "ternary")
+HEALTH: tuple[str, ...] = ("off", "total", "leaf")
+
+MAX_WEIGHT = 2**16 - 1
+
+
+def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raises unless ``value`` is one of the allowed names."""
+    if value not in allowed:
+        names = ", ".join(repr(choice) for choice in allowed)
+        raise ValueError(f"`{name}` must be one of {names}; got {value!r}.")
+
+
+def check_fraction(name: str, value: Any) -> None:
+    """Raises unless a Python number lies in [0, 1); a traced value is let through."""
+    if isinstance(value, int | float) and not 0.0 <= value < 1.0:
+        raise ValueError(f"`{name}` must lie in [0, 1); got {value!r}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """The static options of :func:`distlion_jax.distributed_lion`; see there for their meaning."""
+
+    aggregation: str = "majority"
+    transport: str = "auto"
+    ties: str = "zero"
+    ballot: str = "binary"
+    max_weight: int | None = None
+    health: str = "total"
+
+    def __post_init__(self) -> None:
+        check_choice("aggregation", self.aggregation, AGGREGATIONS)
+        check_choice("transport", self.transport, TRANSPORTS)
+        check_choice("ties", self.ties, TIES)
+        check_choice("ballot", self.ballot, BALLOTS)
+        check_choice("health", self.health, HEALTH)
+        if self.max_weight is not None:
+            self._check_max_weight()
+
+    def _check_max_weight(self) -> None:
+        try:
+            value = operator.index(self.max_weight)  # type: ignore[arg-type]
+        except Exception:  # a tracer raises its own error here
+            raise ValueError(
+                f"`max_weight` must be a static Python int or None; got {self.max_weight!r}. With "
+                "optax.inject_hyperparams, name it in static_args=('max_weight',)."
+            ) from None
+        if not 1 <= value <= MAX_WEIGHT:
+            raise ValueError(f"`max_weight` must lie in [1, {MAX_WEIGHT}]; got {value}.")
+
+    @property
+    def top_weight(self) -> int:
+        """The largest say of one worker: 1 unless weights are in use."""
+        return 1 if self.max_weight is None else int(self.max_weight)
+
+    @property
+    def present_columns(self) -> int:
+        """Presence words of a group: 1 (a bit a block) or 128 (a bit a coordinate)."""
+        return 1 if self.ballot == "binary" else 128
+
+    def verdict_columns(self, n: int) -> tuple[int, ...]:
+        """Words a group of each plane of the verdict of n workers, as it travels."""
+        planes = (n * self.top_weight).bit_length()
+        if self.aggregation == "majority":
+            by_block = self.ties == "coin" and self.ballot == "binary"
+            return (128, 1) if by_block else (128, 128)
+        return (128,) * planes + (1,) * planes if self.ballot == "binary" else (128,) * (planes + 1)

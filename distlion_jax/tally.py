@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""n workers' words -> counts -> verdict, all in bit planes; the tie rule; no collectives here.
+
+A small integer per coordinate is kept as *planes*: ``planes[k]`` holds bit ``k`` of 32 integers in
+every word. Counting votes is then a carry-save adder: about ``5 n / 32`` word operations a
+parameter, nothing is unpacked, and no counter can overflow, since there are always enough planes.
+
+In:  ballots of n workers, stacked: ``uint32[n, groups, 128]``.
+Out: a :class:`Count` (votes for +1 and voters), from it a verdict: planes that every worker can
+decode into the same update; and the round's :class:`Margins`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from distlion_jax import words
+from distlion_jax.ballot import Ballot
+
+Planes = tuple[Array, ...]
+_UNROLLED = (
+    64  # workers added by one unrolled adder; beyond, in chunks, so that compiling stays fast
+)
+_CHUNK = 32
+
+
+class Count(NamedTuple):
+    """Per coordinate: the weight that voted +1, and the weight that voted at all, in planes."""
+
+    positive: Planes  # each uint32[groups, 128]
+    voters: Planes  # each uint32[groups, 1] (binary: the same for a block) or [groups, 128]
+
+
+class Margins(NamedTuple):
+    """How close a round was: sums over coordinates, to be divided by the tree's size."""
+
+    tied: Array  # float32[segments]: coordinates that had voters and a sum of 0
+    margin: Array  # float32[segments]: sum over coordinates of |sum of votes|
+
+
+def planes_for(n: int, max_weight: int) -> int:
+    """Planes that hold any count of n workers: ``ceil(log2(n * max_weight + 1))``."""
+    return (n * max_weight).bit_length()
+
+
+def _full_add(x: Array, y: Array, z: Array) -> tuple[Array, Array]:
+    xy = x ^ y
+    return xy ^ z, (x & y) | (xy & z)
+
+
+def _add(columns: list[list[Array]], width: int) -> Planes:
+    """Sums columns of bits (``columns[k]`` weighs ``2**k``) with carry-save adders."""
+    columns = [list(columns[k]) if k < len(columns) else [] for k in range(width + 1)]
+    for k in range(width):
+        column = columns[k]
+        while len(column) > 2:
+            total, carry = _full_add(column.pop(0), column.pop(0), column.pop(0))
+            column.append(total)
+            columns[k + 1].append(carry)
+        if len(column) == 2:
+            x, y = column
+            columns[k], columns[k + 1] = [x ^ y], [*columns[k + 1], x & y]
+    shape = next(x for column in columns for x in column)
+    return tuple(columns[k][0] if columns[k] else jnp.zeros_like(shape) for k in range(width))
+
+
+def _sum_bits(bits: Array, weight_bits: Sequence[Array], width: int) -> Planes:
+    """Planes of ``sum_i weight_i * bits[i]``; ``weight_bits[b]`` masks who has weight bit b."""
+    n = bits.shape[0]
+    masked = [bits & mask for mask in weight_bits]
+    if n <= _UNROLLED:
+        return _add([[x[i] for i in range(n)] for x in masked], width)
+    chunks = -(-n // _CHUNK)
+    padding = [(0, chunks * _CHUNK - n)] + [(0, 0)] * (bits.ndim - 1)
+    split = [jnp.pad(x, padding).reshape(chunks, _CHUNK, *bits.shape[1:]) for x in masked]
+
+    def add_chunk(total: Planes, chunk: list[Array]) -> tuple[Planes, None]:
+        columns = [[plane] for plane in total]
+        for column, x in zip(columns, chunk, strict=False):
+            column.extend(x[i] for i in range(_CHUNK))
+        return _add(columns, width), None
+
+    zero = masked[0][0] ^ masked[0][0]  # varies over the same axes as the sums will
+    return jax.lax.scan(add_chunk, (zero,) * width, split)[0]
+
+
+def _count_blocks(present: Array, weight: Array, width: int) -> Planes:
+    """Planes of the voters of each block, by integers: there are 128 times fewer of them.
+
+    The sums are reductions, which XLA does not fuse into what reads them: fused, the count would
+    be repeated for every word of a block.
+    """
+    bits = words.unpack_bits(present).astype(jnp.int32)  # [32, n, groups, 1]
+    voters = (bits * weight[:, None, None]).sum(axis=1).astype(jnp.uint32)
+    return tuple(words.pack_bits((voters >> np.uint32(k)) & np.uint32(1)) for k in range(width))
+
+
+def count(ballots: Ballot, max_weight: int) -> Count:
+    """Counts the stacked ballots of n workers (leading axis n on every field)."""
+    n = ballots.votes.shape[0]
+    width = planes_for(n, max_weight)
+    weight = ballots.weight.astype(jnp.uint32).reshape(n, 1, 1)
+    if max_weight == 1:  # present is already empty for weight 0
+        masks = [jnp.full_like(weight, 0xFFFFFFFF)]
+    else:
+        bits = range(max_weight.bit_length())
+        masks = [jnp.uint32(0) - ((weight >> np.uint32(b)) & np.uint32(1)) for b in bits]
+    positive = _sum_bits(ballots.votes & ballots.present, masks, width)
+    if ballots.present.shape[-1] == 1:
+        return Count(positive, _count_blocks(ballots.present, ballots.weight, width))
+    return Count(positive, _sum_bits(ballots.present, masks, width))
+
+
+def _compare(count: Count) -> tuple[Array, Array]:
+    """Masks ``uint32[groups, 128]``: where the sum of votes is positive, and where it is 0."""
+    twice = (jnp.zeros_like(count.positive[0]), *count.positive)
+    voters = (*count.voters, jnp.zeros_like(count.voters[0]))
+    above, equal = jnp.zeros_like(twice[0]), ~jnp.zeros_like(twice[0])
+    for p, v in zip(reversed(twice), reversed(voters), strict=True):
+        above = above | (equal & p & ~v)
+        equal = equal & ~(p ^ v)
+    return above, equal
+
+
+def _any(planes: Planes) -> Array:
+    out = planes[0]
+    for plane in planes[1:]:
+        out = out | plane
+    return out
+
+
+def majority(count: Count, ties: str, coin: Array) -> Planes:
+    """Verdict of the majority: ``(sign, live)``, one bit of sign and one of "not zero".
+
+    With ``ties="coin"`` a tie takes its sign from ``coin`` and ``live`` only says where anyone
+    voted (a bit a block for binary ballots); with ``ties="zero"`` a tie is not live.
+    """
+    above, equal = _compare(count)
+    if ties == "coin":
+        return above | (equal & coin), _any(count.voters)
+    return above, ~equal
+
+
+def average(count: Count) -> Planes:
+    """Verdict of the average: the planes that travel, enough to decode ``sum_i delta_i``.
+
+    Binary: the votes for +1, and the voters of each block. Ternary: the sum itself in two's
+    complement, ``2 * positive - voters``, one plane more than the count has.
+    """
+    if count.voters[0].shape[-1] == 1:
+        return (*count.positive, *count.voters)
+    twice = (jnp.zeros_like(count.positive[0]), *count.positive)
+    minus = tuple(~v for v in (*count.voters, jnp.zeros_like(count.voters[0])))
+    carry, out = ~jnp.zeros_like(twice[0]), []
+    for p, v in zip(twice, minus, strict=True):
+        total, carry = _full_add(p, v, carry)
+        out.append(total)
+    return tuple(out)
+
+
+def decode_majority(sign: Array, live: Array) -> Array:
+    """Value of a coordinate, from its bits: -1, 0 or +1."""
+    return (2 * sign - 1) * live
+
+
+def _number(bits: Sequence[Array]) -> Array:
+    total = bits[0]
+    for k, bit in enumerate(bits[1:], start=1):
+        total = total + (bit << k)
+    return total
+
+
+def decode_average(kind: str, voters: Array) -> Callable[..., Array]:
+    """Function of a coordinate's bits: the mean vote over the ``voters`` of the round."""
+    divisor = jnp.maximum(voters, 1).astype(jnp.float32)
+
+    def value(*bits: Array) -> Array:
+        if kind == "binary":
+            half = len(bits) // 2
+            total = 2 * _number(bits[:half]) - _number(bits[half:])
+        else:
+            total = _number(bits[:-1]) - (bits[-1] << (len(bits) - 1))
+        return total.astype(jnp.float32) / divisor
+
+    return value
+
+
+def margins(count: Count, real: Array, owner: Array | None, segments: int) -> Margins:
+    """Sums ties and margins of these groups.
+
+    Args:
+      count: of these groups.
+      real: ``uint32[groups, 128]``, bits that stand for a coordinate (not for padding).
+      owner: ``int32[groups, 32]``, the segment (leaf) of each block, or None for one total.
+      segments: how many segments; a block whose owner is ``segments`` is dropped.
+    """
+    above, equal = _compare(count)
+    below, above = ~(above | equal) & real, above & real
+
+    def weigh(plane: Array) -> Array:
+        if owner is None:
+            return jax.lax.population_count(plane).astype(jnp.int32)
+        return words.unpack_bits(plane).astype(jnp.int32)
+
+    def total(each: Array) -> Array:
+        each = each.sum(axis=-1).astype(jnp.float32)
+        if owner is None:
+            return each.sum(keepdims=True)
+        return jax.ops.segment_sum(each.T.reshape(-1), owner.reshape(-1), segments + 1)[:segments]
+
+    # One integer a word (or bit) and one sum: XLA then walks the counts once, not once a plane.
+    leads = [(weigh(p & above) - weigh(p & below)) << (k + 1) for k, p in enumerate(count.positive)]
+    leads += [(weigh(v & below) - weigh(v & above)) << k for k, v in enumerate(count.voters)]
+    return Margins(total(weigh(equal & _any(count.voters) & real)), total(sum(leads[1:], leads[0])))

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a loss function, a transformation and a mesh to a train step; the same for pmap.
+
+In:  ``loss_fn(params, batch)``, an Optax transformation, a mesh (or devices, for pmap).
+Out: a jitted, buffer-donating ``step(params, state, batch) -> (params, state, metrics)``.
+
+The pieces are :mod:`distlion_jax.mesh`'s, and can be put together otherwise in a few lines.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from distlion_jax import wire
+from distlion_jax.lion import VoteHealth
+from distlion_jax.mesh import local_value_and_grad, stack, unstack, workers
+from distlion_jax.rules import AxisName, check_choice
+
+Step = Callable[..., tuple[Any, Any, "Metrics"]]
+
+
+class Metrics(NamedTuple):
+    """Figures of one step."""
+
+    loss: Array  # float32[]: mean over the workers that took part (NaN if none did)
+    aux: Any  # tree of float32: the loss function's auxiliary output, averaged likewise
+    health: tuple[VoteHealth, ...]  # of every vote in the transformation; `voted` is bool[n]
+
+
+def check_batch(batch: Any, n: int) -> None:
+    """Raises unless every leaf's leading axis divides over n workers."""
+    for path, x in jax.tree_util.tree_leaves_with_path(batch):
+        rows = np.shape(x)[0] if np.ndim(x) else 0
+        if rows == 0 or rows % n:
+            raise ValueError(
+                f"`batch{jax.tree_util.keystr(path)}` has {rows} rows, which {n} workers cannot "
+                f"share equally. Use a multiple of {n}, or drop the remainder of the data."
+            )
+
+
+def _check_step(batch: Any, state: Any, extra: dict[str, Any], n: int, shards: int) -> None:
+    """Raises unless batch, per-worker state and extra arguments fit the number of workers."""
+    check_batch(batch, shards)
+    for kind, tree in (("state", state), ("extra", extra)):
+        for path, x in jax.tree_util.tree_leaves_with_path(tree):
+            if np.shape(x)[:1] != (n,):
+                raise ValueError(
+                    f"`{kind}{jax.tree_util.keystr(path)}` has shape {np.shape(x)}; a leading axis "
+                    f"of {n}, one entry a worker, was expected. Make states with init_state for "
+                    "this mesh."
+                )
+
+
+def vote_health(state: Any) -> tuple[VoteHealth, ...]:
+    """The :class:`VoteHealth` of every vote in a transformation's state, in order.
+
+    Examples:
+      >>> from distlion_jax.lion import scale_by_distributed_lion
+      >>> (health,) = vote_health(scale_by_distributed_lion().init({"w": jnp.zeros(3)}))
+      >>> int(health.voters)  # no round was held yet
+      0
+    """
+    is_health = lambda node: isinstance(node, VoteHealth)  # noqa: E731
+    return tuple(x for x in jax.tree.leaves(state, is_leaf=is_health) if is_health(x))
+
+
+def _worker_step(
+    loss_fn: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    axis: AxisName,
+    has_aux: bool,
+    mean_axis: AxisName | None,
+    gradients: str,
+) -> Callable[..., tuple[Any, Any, Metrics]]:
+    """The step of one worker; the state without its worker axis."""
+    tx = optax.with_extra_args_support(tx)
+    every = wire.axes(axis) + (wire.axes(mean_axis) if mean_axis else ())
+    value_and_grad = local_value_and_grad(loss_fn, every, has_aux)
+
+    def step(params: Any, state: Any, batch: Any, rng: Any, extra: dict[str, Any]) -> Any:
+        key = () if rng is None else (jax.random.fold_in(rng, jax.lax.axis_index(every)),)
+        value, grads = value_and_grad(params, batch, *key)
+        loss, aux = value if has_aux else (value, ())
+        mean_over = every if gradients == "mean" else mean_axis
+        if mean_over:
+            grads = jax.lax.pmean(grads, mean_over)
+        updates, state = tx.update(grads, state, params, **extra)
+        params = optax.apply_updates(params, updates)
+        health = vote_health(state)
+        voted = health[0].voted if health else jnp.bool_(True)
+        return params, state, _average(loss, aux, health, voted, axis, every)
+
+    return step
+
+
+def _average(
+    loss: Array, aux: Any, health: Any, voted: Array, axis: AxisName, every: tuple[str, ...]
+) -> Metrics:
+    """Averages the figures over those who voted, in one all-reduce; `voted` stays per worker."""
+    figures = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (loss, aux))
+    masked = jax.tree.map(lambda x: jnp.where(voted, x, 0.0), figures)
+    shared = [(h.tied, h.margin) for h in health]
+    flat, treedef = jax.tree.flatten((masked, shared, voted.astype(jnp.float32)))
+    sizes = np.cumsum([x.size for x in flat])[:-1]
+    total = jax.lax.psum(wire.vary(jnp.concatenate([x.reshape(-1) for x in flat]), every), every)
+    parts = [y.reshape(x.shape) for x, y in zip(flat, jnp.split(total, sizes), strict=True)]
+    (loss, aux), shared, voters = treedef.unflatten(parts)
+    everyone = wire.size(every)
+    share = jax.tree.map(lambda x: x / everyone, shared)
+    present = (voters / (everyone // wire.size(axis))).astype(jnp.int32)
+    loss, aux = jax.tree.map(lambda x: x / voters, (loss, aux))
+    out = [VoteHealth(h.voted[None], present, *s) for h, s in zip(health, share, strict=True)]
+    return Metrics(loss, aux, tuple(out))
+
+
+def make_train_step(
+    loss_fn: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    axis_name: AxisName = "data",
+    *,
+    has_aux: bool = False,
+    mean_axis_name: AxisName | None = None,
+    gradients: Literal["local", "mean"] = "local",
+    check_vma: bool = True,
+    donate: bool = True,
+) -> Step:
+    """A jitted data-parallel train step under ``jax.shard_map``.
+
+    Args:
+      loss_fn: ``loss_fn(params, batch)``, or ``(params, batch, rng)`` when steps are given a key,
+        to the mean loss over this worker's batch (or ``(loss, aux)`` with ``has_aux``).
+      tx: a transformation built for the same ``axis_name``.
+      mesh: the mesh; its remaining axes, if any, must be ``mean_axis_name``.
+      axis_name: the axis, or axes, that vote.
+      has_aux: whether ``loss_fn`` returns ``(loss, aux)``; aux is a tree of numbers to average.
+      mean_axis_name: fast inner axis, or axes, over which gradients are averaged in full precision
+        before the vote.
+      gradients: ``"local"``, for a vote; ``"mean"`` averages gradients over all axes first, for an
+        ordinary optimizer (as ``optax.lion``), whose state is then replicated: plain
+        ``tx.init(params)``, through :func:`replicate`.
+      check_vma: JAX's check that what claims to be replicated is.
+      donate: reuse the buffers of params and state; the ones passed in cannot be used again.
+
+    Returns:
+      ``step(params, state, batch, *, rng=None, **extra) -> (params, state, metrics)``. The batch's
+      leading axis is split over the workers; ``rng`` is a key, folded with the worker's index;
+      each ``extra`` argument (``participating``, ``weight``) is an array of shape [n], one entry a
+      worker. ``metrics`` is :class:`Metrics`.
+
+    Raises:
+      ValueError: for a batch or state that does not fit the mesh, or an axis it does not have.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from distlion_jax import distributed_lion
+      >>> from distlion_jax.mesh import init_state, replicate, worker_mesh
+      >>> mesh, tx = worker_mesh(8), distributed_lion(0.01)
+      >>> params = {"w": jnp.zeros(3)}
+      >>> step = make_train_step(lambda p, x: jnp.mean((x @ p["w"] - 1.0) ** 2), tx, mesh)
+      >>> params, state = replicate(params, mesh), init_state(tx, params, mesh)
+      >>> params, state, metrics = step(params, state, jnp.ones((16, 3)))
+      >>> float(metrics.loss), int(metrics.health[0].voters)
+      (1.0, 8)
+    """
+    check_choice("gradients", gradients, ("local", "mean"))
+    n = workers(mesh, axis_name)
+    every = wire.axes(axis_name) + (wire.axes(mean_axis_name) if mean_axis_name else ())
+    shards = workers(mesh, every)
+    if idle := set(mesh.axis_names) - set(every):
+        raise ValueError(
+            f"`mesh` has axes {sorted(idle)} beside `axis_name` {axis_name!r} and `mean_axis_name` "
+            f"{mean_axis_name!r}: the step would repeat the same work along them."
+        )
+    worker = _worker_step(loss_fn, tx, axis_name, has_aux, mean_axis_name, gradients)
+    stacked = gradients == "local"
+    by_worker = P(wire.axes(axis_name))
+    state_spec = by_worker if stacked else P()
+
+    def mapped(params: Any, state: Any, batch: Any, rng: Any, extra: dict[str, Any]) -> Any:
+        state = unstack(state, axis_name) if stacked else state
+        extra = jax.tree.map(lambda x: x[0], extra)
+        params, state, metrics = worker(params, state, batch, rng, extra)
+        return params, stack(state) if stacked else state, metrics
+
+    health = VoteHealth(by_worker, P(), P(), P())  # type: ignore[arg-type]
+
+    def run(params: Any, state: Any, batch: Any, rng: Any, extra: dict[str, Any]) -> Any:
+        specs = (P(), state_spec, Metrics(P(), P(), (health,) * len(vote_health(state))))  # type: ignore[arg-type]
+        sharded = jax.shard_map(
+            mapped,
+            mesh=mesh,
+            in_specs=(P(), state_spec, P(every), P(), by_worker),
+            out_specs=specs,
+            check_vma=check_vma,
+        )
+        return sharded(params, state, batch, rng, extra)
+
+    jitted = jax.jit(run, donate_argnums=(0, 1) if donate else ())
+
+    def step(params: Any, state: Any, batch: Any, *, rng: Any = None, **extra: Any) -> Any:
+        _check_step(batch, state if stacked else (), extra, n, shards)
+        return jitted(params, state, batch, rng, extra)
+
+    step.jitted = jitted  # type: ignore[attr-defined]
+    return step
+
+
+def make_pmap_train_step(
+    loss_fn: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    axis_name: str = "data",
+    *,
+    has_aux: bool = False,
+    devices: Sequence[Any] | None = None,
+    donate: bool = True,
+) -> Step:
+    """The same step under ``jax.pmap``, for scripts that are built on it.
+
+    Parameters and state carry a leading worker axis (:func:`pmap_replicate`; the state is of the
+    same form as :func:`distlion_jax.init_state`'s). The batch does not: the step splits it.
+
+    Args:
+      loss_fn, tx, axis_name, has_aux, donate: as in :func:`make_train_step`.
+      devices: one per worker; None: ``jax.local_devices()``.
+
+    Examples:
+      >>> from distlion_jax import distributed_lion
+      >>> tx, params = distributed_lion(0.01), {"w": jnp.zeros(3)}
+      >>> step = make_pmap_train_step(lambda p, x: jnp.mean((x @ p["w"] - 1.0) ** 2), tx)
+      >>> params, state = pmap_replicate(params), pmap_replicate(tx.init(params))
+      >>> params, state, metrics = step(params, state, jnp.ones((16, 3)))
+      >>> float(metrics.loss), params["w"].shape
+      (1.0, (8, 3))
+    """
+    devices = jax.local_devices() if devices is None else devices
+    n = len(devices)
+    worker = _worker_step(loss_fn, tx, axis_name, has_aux, None, "local")
+
+    def one(params: Any, state: Any, batch: Any, rng: Any, extra: dict[str, Any]) -> Any:
+        params, state, metrics = worker(params, state, batch, rng, extra)
+        health = tuple(h._replace(voted=h.voted[0]) for h in metrics.health)
+        return params, state, metrics._replace(health=health)
+
+    mapped = jax.pmap(
+        one,
+        axis_name,
+        in_axes=(0, 0, 0, None, 0),
+        devices=devices,
+        donate_argnums=(0, 1) if donate else (),
+    )
+
+    def step(params: Any, state: Any, batch: Any, *, rng: Any = None, **extra: Any) -> Any:
+        _check_step(batch, (params, state), extra, n, n)
+        batch = jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch)
+        params, state, metrics = mapped(params, state, batch, rng, extra)
+        first = jax.tree.map(lambda x: x[0], metrics)
+        pairs = zip(first.health, metrics.health, strict=True)
+        health = tuple(f._replace(voted=h.voted) for f, h in pairs)
+        return params, state, first._replace(health=health)
+
+    return step
+
+
+def pmap_replicate(tree: Any, devices: Sequence[Any] | None = None) -> Any:
+    """A copy of the tree for each device, stacked: parameters, or ``tx.init(params)``, for pmap.
+
+    Examples:
+      >>> pmap_replicate({"w": jnp.zeros(3)})["w"].shape == (jax.local_device_count(), 3)
+      True
+    """
+    devices = jax.local_devices() if devices is None else devices
+    stacked = jax.tree.map(lambda x: np.broadcast_to(x, (len(devices), *np.shape(x))), tree)
+    return jax.pmap(lambda t: t, devices=devices)(stacked)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Thin collectives on packed words, and the questions that only JAX can answer about an axis.
+
+In:  ``uint32`` words of this worker. Out: words of all workers, or slices of them.
+With workers ``i`` and ``n`` of them, each identity below is the shape law of one function:
+
+* :func:`gather`:  ``[...] -> [n, ...]``; ``gather(x)[i]`` is worker i's ``x``, on every worker.
+* :func:`scatter`: ``[n, ...] -> [n, ...]``; row j of worker i's result is row i of worker j's
+  operand. ``scatter(x)[j] == gather(x)[j, i]``, at one n-th of the traffic.
+* :func:`total`:   ``[...] -> [...]``; ``total(x) == gather(x).sum(0)``.
+
+All differences between JAX versions, and between pmap, shard_map (replication check on or off)
+and vmap, live here.
+"""
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+from jax import Array, lax
+
+from distlion_jax.rules import AxisName
+
+_GATHER_HAS_TO = "to" in inspect.signature(lax.all_gather).parameters
+
+
+def axes(axis_name: AxisName) -> tuple[str, ...]:
+    """The axis names as a tuple; several axes vote over their product."""
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+
+
+def size(axis_name: AxisName) -> int:
+    """Number of workers on the axis; a clear error where the axis is not bound."""
+    try:
+        return int(lax.axis_size(axis_name))
+    except NameError as error:
+        raise ValueError(
+            f"`axis_name` {axis_name!r} is not bound here ({error}). Call `update` inside a "
+            "function mapped over that axis, as jax.shard_map over a mesh with an axis "
+            f"{axis_name!r}, or "
+            f"jax.pmap(..., axis_name={axis_name!r}); check the spelling; or pass axis_name=None "
+            "for one worker."
+        ) from None
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """Mesh axes that JAX knows ``x`` to differ over; empty where it does not keep track."""
+    aval = jax.typeof(x)
+    tracked = getattr(aval, "manual_axis_type", None)  # jax >= 0.10
+    return frozenset(tracked.varying if tracked is not None else getattr(aval, "vma", ()))
+
+
+def is_checked(axis_name: AxisName) -> bool:
+    """Whether JAX keeps track of replication over the axis (shard_map with its check on)."""
+    return all(name in varying_axes(lax.axis_index(name)) for name in axes(axis_name))
+
+
+def vary(x: Array, axis_name: AxisName) -> Array:
+    """Marks ``x`` as differing by worker (no data moves); the identity where nothing is tracked."""
+    if not is_checked(axis_name):
+        return x
+    missing = tuple(name for name in axes(axis_name) if name not in varying_axes(x))
+    if not missing:
+        return x
+    if hasattr(lax, "pcast"):
+        return lax.pcast(x, missing, to="varying")
+    return getattr(lax, "pvary")(x, missing)  # noqa: B009 (jax < 0.9)
+
+
+def unvarying(named: Iterable[tuple[str, Any]], axis_name: AxisName) -> list[str]:
+    """Names of the values that JAX knows to be equal on all workers (none where untracked)."""
+    if not is_checked(axis_name):
+        return []
+    wanted = set(axes(axis_name))
+    return [name for name, x in named if not wanted <= varying_axes(x)]
+
+
+def gather(x: Array, axis_name: AxisName) -> Array:
+    """All workers' ``x``, stacked: an all-gather whose result JAX knows to be replicated."""
+    if not is_checked(axis_name):
+        return lax.all_gather(x, axis_name)
+    x = vary(x, axis_name)
+    if _GATHER_HAS_TO:
+        return lax.all_gather(x, axis_name, to="invarying")
+    from jax._src.lax.parallel import all_gather_invariant  # jax < 0.10 has no public name for it
+
+    return all_gather_invariant(x, axis_name)
+
+
+def scatter(x: Array, axis_name: AxisName) -> Array:
+    """Sends row j of ``x[n, ...]`` to worker j; row j of the result came from worker j."""
+    return lax.all_to_all(vary(x, axis_name), axis_name, 0, 0)
+
+
+def total(x: Array, axis_name: AxisName) -> Array:
+    """Sum over workers; replicated."""
+    return lax.psum(vary(x, axis_name), axis_name)

