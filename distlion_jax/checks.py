@@ -14,7 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from distlion_jax import wire
-from distlion_jax.rules import AxisName, Rules
+from distlion_jax.rules import AxisName, Rules, known
 
 
 def check_params(tree: Any, mu_dtype: DTypeLike | None) -> None:
@@ -108,7 +108,8 @@ def say(rules: Rules, participating: ArrayLike, weight: ArrayLike | None) -> Arr
             "`weight` was passed but `max_weight` is None: pass max_weight=<the largest weight> to "
             "the optimizer, which decides how many bits the counters need."
         )
-    if isinstance(weight, int) and not 0 <= weight <= rules.top_weight:
+    value = known(weight)
+    if value is not None and not 0 <= value <= rules.top_weight:
         raise ValueError(
             f"`weight` must lie in [0, max_weight={rules.top_weight}]; got {weight}. Raise "
             "max_weight, or divide all weights by a common factor."

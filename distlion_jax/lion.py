@@ -28,6 +28,7 @@ from distlion_jax.rules import (
     Ties,
     Transport,
     check_fraction,
+    known,
 )
 from distlion_jax.words import Layout
 
@@ -108,7 +109,8 @@ def scale_by_distributed_lion(
         raise ValueError(
             f"`threshold` {threshold!r} needs ballot='ternary': one bit a parameter cannot abstain."
         )
-    if isinstance(threshold, int | float) and not 0 <= threshold < float("inf"):
+    dead_zone = None if threshold is None else known(threshold)
+    if dead_zone is not None and not (dead_zone.ndim == 0 and 0 <= dead_zone < float("inf")):
         raise ValueError(f"`threshold` must be a finite number of at least 0; got {threshold!r}.")
     if axis_name is None:
         return optax.with_extra_args_support(optax.scale_by_lion(b1, b2, mu_dtype))

@@ -101,12 +101,20 @@ def _map_state(f: Callable[[Any], Any], state: Any) -> Any:
     return jax.tree.map(one, state, is_leaf=_is_vote)
 
 
+def _is_shared(path: Sequence[Any], node: Any) -> bool:
+    """Whether all workers hold the same: not so the momentum of a scalar parameter."""
+    if _is_vote(node) or node.ndim:
+        return False
+    injected = any(getattr(key, "name", "") == "hyperparams" for key in path)  # Optax's field
+    return injected or not jnp.issubdtype(node.dtype, jnp.inexact)
+
+
 def unstack(state: Any, axis_name: AxisName = "data") -> Any:
     """Inside the mapped function: takes the worker axis (of size 1 here) off the state.
 
-    Scalars of other transformations (a schedule's count, injected hyperparameters) are the same on
-    all workers but JAX cannot know; where it checks, they are replaced by worker 0's, in one small
-    all-reduce, so that what depends on them comes out replicated.
+    Counts, flags and injected hyperparameters of other transformations are the same on all workers
+    but JAX cannot know; where it checks, they are replaced by worker 0's, in one small all-reduce,
+    so that what depends on them comes out replicated. Everything else stays this worker's own.
 
     Examples:
       >>> def worker(count):
@@ -127,12 +135,13 @@ def unstack(state: Any, axis_name: AxisName = "data") -> Any:
     state = _map_state(lambda x: x[0], state)
     if not wire.is_checked(axis_name):
         return state
-    nodes, treedef = jax.tree.flatten(state, is_leaf=_is_vote)
-    scalars = [i for i, x in enumerate(nodes) if not _is_vote(x) and x.ndim == 0]
-    if scalars:
+    named, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_vote)
+    nodes = [node for _, node in named]
+    shared = [i for i, (path, node) in enumerate(named) if _is_shared(path, node)]
+    if shared:
         first = jax.lax.axis_index(axis_name) == 0
-        mine = [jnp.where(first, nodes[i], jnp.zeros_like(nodes[i])) for i in scalars]
-        for i, x in zip(scalars, jax.lax.psum(mine, axis_name), strict=True):
+        mine = [jnp.where(first, nodes[i], jnp.zeros_like(nodes[i])) for i in shared]
+        for i, x in zip(shared, jax.lax.psum(mine, axis_name), strict=True):
             nodes[i] = x.astype(nodes[i].dtype)
     return treedef.unflatten(nodes)
 

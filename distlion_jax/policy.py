@@ -9,18 +9,19 @@ gradient through, and replicas part ways in silence. Every label here ends in so
 same on all workers.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from distlion_jax import ledger
 from distlion_jax.dense import all_finite, scale_by_averaged_lion
 from distlion_jax.lion import scale_by_distributed_lion
-from distlion_jax.rules import AxisName, Rules
+from distlion_jax.rules import AxisName, Ballot, Health, Rules, Ties, Transport
 
 LABELS: tuple[str, ...] = ("majority", "average", "full", "frozen")
 
@@ -43,21 +44,29 @@ def distributed_lion_by_label(
     labels: Any | Callable[[optax.Params], Any],
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.99,
+    mu_dtype: DTypeLike | None = None,
     weight_decay: optax.ScalarOrSchedule = 1e-3,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
     axis_name: AxisName = "data",
-    **options: Any,
+    transport: Transport = "auto",
+    ties: Ties = "zero",
+    ballot: Ballot = "binary",
+    threshold: ArrayLike | None = None,
+    max_weight: int | None = None,
+    health: Health = "total",
+    allow_single_worker: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Distributed Lion with a label per leaf, in one step.
 
     Args:
-      learning_rate, b1, b2, weight_decay, mask, axis_name: as in ``distributed_lion``; weight
-        decay reaches every leaf but the frozen ones.
+      learning_rate, b1, b2, mu_dtype: as in ``distributed_lion``.
+      weight_decay, mask: as in ``distributed_lion``; decay never reaches the frozen leaves.
       labels: tree (or prefix of one, or function of params) with ``"majority"`` or ``"average"``
         (one-bit votes), ``"full"`` (Lion on the gradients' full-precision mean) or ``"frozen"``
         (never moves, sends nothing).
-      **options: further options of ``scale_by_distributed_lion`` but ``aggregation``.
+      axis_name, transport, ties, ballot, threshold, max_weight, health, allow_single_worker: as in
+        ``distributed_lion``, for the leaves that vote.
 
     Returns:
       A transformation. A worker with a non-finite gradient in *any* leaf that is not frozen sits
@@ -73,14 +82,24 @@ def distributed_lion_by_label(
       >>> print(out["w"][0], jnp.abs(out["norm"][0]))
       [-0.1 -0.1  0.1] [0. 0.]
     """
-    if "aggregation" in options:
-        raise ValueError("`aggregation` is what the labels say: 'majority' or 'average' per leaf.")
+    vote = functools.partial(
+        scale_by_distributed_lion,
+        b1,
+        b2,
+        mu_dtype,
+        axis_name=axis_name,
+        transport=transport,
+        ties=ties,
+        ballot=ballot,
+        threshold=threshold,
+        max_weight=max_weight,
+        health=health,
+        allow_single_worker=allow_single_worker,
+    )
     directions = {
-        "majority": scale_by_distributed_lion(b1, b2, axis_name=axis_name, **options),
-        "average": scale_by_distributed_lion(
-            b1, b2, axis_name=axis_name, aggregation="average", **options
-        ),
-        "full": scale_by_averaged_lion(b1, b2, options.get("mu_dtype"), axis_name=axis_name),
+        "majority": vote(aggregation="majority"),
+        "average": vote(aggregation="average"),
+        "full": scale_by_averaged_lion(b1, b2, mu_dtype, axis_name=axis_name),
         "frozen": optax.set_to_zero(),
     }
 

@@ -10,6 +10,9 @@ import dataclasses
 import operator
 from typing import Any, Literal
 
+import jax
+import numpy as np
+
 Aggregation = Literal["majority", "average"]
 Transport = Literal["auto", "all_gather", "two_phase", "psum"]
 Ties = Literal["zero", "coin"]
@@ -33,9 +36,15 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be one of {names}; got {value!r}.")
 
 
+def known(value: Any) -> np.ndarray | None:
+    """The value of a number that is known now, as a traced one's is not."""
+    return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
+
+
 def check_fraction(name: str, value: Any) -> None:
-    """Raises unless a Python number lies in [0, 1); a traced value is let through."""
-    if isinstance(value, int | float) and not 0.0 <= value < 1.0:
+    """Raises unless a number lies in [0, 1); a traced one is let through."""
+    number = known(value)
+    if number is not None and not (number.ndim == 0 and 0.0 <= number < 1.0):
         raise ValueError(f"`{name}` must lie in [0, 1); got {value!r}.")
 
 

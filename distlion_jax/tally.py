@@ -22,9 +22,7 @@ from distlion_jax import words
 from distlion_jax.ballot import Ballot
 
 Planes = tuple[Array, ...]
-_UNROLLED = (
-    64  # workers added by one unrolled adder; beyond, in chunks, so that compiling stays fast
-)
+_UNROLLED = 64  # workers added by one unrolled adder; beyond, in chunks: compiling stays fast
 _CHUNK = 32
 
 
@@ -176,7 +174,7 @@ def _number(bits: Sequence[Array]) -> Array:
 
 def decode_average(kind: str, voters: Array) -> Callable[..., Array]:
     """Function of a coordinate's bits: the mean vote over the ``voters`` of the round."""
-    divisor = jnp.maximum(voters, 1).astype(jnp.float32)
+    whole = jnp.maximum(voters, 1)
 
     def value(*bits: Array) -> Array:
         if kind == "binary":
@@ -184,7 +182,10 @@ def decode_average(kind: str, voters: Array) -> Callable[..., Array]:
             total = 2 * _number(bits[:half]) - _number(bits[half:])
         else:
             total = _number(bits[:-1]) - (bits[-1] << (len(bits) - 1))
-        return total.astype(jnp.float32) / divisor
+        # A divisor per coordinate (never 1: no sum exceeds the whole). A scalar one XLA turns into
+        # a reciprocal and a product under shard_map, and not under vmap: one unit in the last place.
+        divisor = jnp.where(total > whole, 1, whole)
+        return total.astype(jnp.float32) / divisor.astype(jnp.float32)
 
     return value
 

@@ -136,11 +136,17 @@ CASES = {
     "`b1` must lie in [0, 1); got 1.0.": option(b1=1.0),
     "`b1` must lie in [0, 1); got -0.1.": option(b1=-0.1),
     "`b2` must lie in [0, 1); got 2.": option(b2=2),
+    "`b2` must lie in [0, 1); got np.float32(1.5).": option(b2=np.float32(1.5)),
+    "`b2` must lie in [0, 1); got Array(1.5,": option(b2=jnp.float32(1.5)),
+    "`b1` must lie in [0, 1); got [0.9].": option(b1=[0.9]),
     "`b2` must lie in [0, 1); got nan.": option(b2=float("nan")),
     "`mu_dtype` must be float32 or bfloat16; got float16. ... mu_dtype=jnp.float32": option(**half),
     "`mu_dtype` must be float32 or bfloat16; got int8.": option(mu_dtype=jnp.int8),
     "`threshold` 0.5 needs ballot='ternary'": option(threshold=0.5),
     "`threshold` must be a finite ... got -1.": option(threshold=-1, **ternary),
+    "`threshold` must be a finite ... got np.float32(-1.0).": option(
+        threshold=np.float32(-1), **ternary
+    ),
     "`threshold` must be a finite ... got nan.": option(threshold=float("nan"), **ternary),
     "`max_weight` must lie in [1, 65535]; got 0.": option(max_weight=0),
     "`max_weight` must lie in [1, 65535]; got 65536.": option(max_weight=2**16),
@@ -152,9 +158,6 @@ CASES = {
     "`steps` must be a static int of at least 0, or None; got True.": dense(True),
     "`labels['b']` must be one of 'majority', 'average', 'full', 'frozen'; got 'x'.": by_label(
         {"w": "full", "b": "x"}
-    ),
-    "`aggregation` is what the labels say: 'majority' or 'average'": by_label(
-        "full", aggregation="average"
     ),
     "`n` (workers) must be at least 1; got 0.": lambda: dl.wire_cost(PARAMS, 0),
     "unknown rule among 'majority', 'x', 'binary'": lambda: reference.vote(
@@ -215,6 +218,9 @@ CASES = {
         static={"weight": 4}, max_weight=3
     ),
     "`weight` must lie in [0, max_weight=3]; got -1.": vote(static={"weight": -1}, max_weight=3),
+    "`weight` must lie in [0, max_weight=3]; got 7.": vote(
+        static={"weight": np.int64(7)}, max_weight=3
+    ),
     "`tree` has a leaf of dtype complex64; 8, 16 and 32 bits": lambda: audit.checksum(
         [1j * floats]
     ),

@@ -75,6 +75,23 @@ def test_every_map_equals_reference(how, transport, rules):
     assert_equal_to_reference(tree, run(tree, 8, 2, how, transport=transport, **rules), want)
 
 
+@pytest.fixture
+def optimized():
+    """Compiled as a user's programs are (see conftest)."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.mark.parametrize("how", MAPS)
+@pytest.mark.parametrize("size", [33, 4097])
+def test_average_divides_alike_in_every_map(how, size, optimized):
+    """By 7: XLA multiplies by a rounded reciprocal where it sees one divisor for all."""
+    tree = {"a": (size,)}
+    want = run_reference(tree, 7, 1, aggregation="average")
+    assert_equal_to_reference(tree, run(tree, 7, 1, how, aggregation="average"), want)
+
+
 @pytest.mark.parametrize("transport", ["all_gather", "two_phase", "psum"])
 def test_mixed_dtypes(transport):
     n, tree = 3, {"f": (40, 128), "h": (33,)}
