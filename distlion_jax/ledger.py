@@ -107,10 +107,10 @@ def _collectives(layout: Layout, n: int, rules: Rules, transport: str) -> tuple[
             Collective("all-gather", "u32", verdict + health_words(rules, len(layout.leaves)), n),
         )
     elements = layout.groups * PLANES * columns
-    return (
-        Collective("all-reduce", psum_dtype(n, rules), elements, n),
-        Collective("all-reduce", "s32", 3, n),
-    )
+    votes = Collective("all-reduce", psum_dtype(n, rules), elements, n)
+    if (rules.aggregation, rules.ties, rules.health) == ("majority", "zero", "off"):
+        return (votes,)  # nobody reads the voters, their weight or the step
+    return (votes, Collective("all-reduce", "s32", 3, n))
 
 
 def cost(layout: Layout, n: int, rules: Rules) -> WireCost:

@@ -10,8 +10,8 @@ import dataclasses
 import operator
 from typing import Any, Literal
 
-import jax
 import numpy as np
+from jax.core import Tracer
 
 Aggregation = Literal["majority", "average"]
 Transport = Literal["auto", "all_gather", "two_phase", "psum"]
@@ -38,7 +38,7 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 def known(value: Any) -> np.ndarray | None:
     """The value of a number that is known now, as a traced one's is not."""
-    return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
+    return None if isinstance(value, Tracer) else np.asarray(value)
 
 
 def check_fraction(name: str, value: Any) -> None:

@@ -182,8 +182,8 @@ def decode_average(kind: str, voters: Array) -> Callable[..., Array]:
             total = 2 * _number(bits[:half]) - _number(bits[half:])
         else:
             total = _number(bits[:-1]) - (bits[-1] << (len(bits) - 1))
-        # A divisor per coordinate (never 1: no sum exceeds the whole). A scalar one XLA turns into
-        # a reciprocal and a product under shard_map, and not under vmap: one unit in the last place.
+        # A divisor per coordinate (never 1: no sum exceeds the whole). A scalar one XLA replaces
+        # on some paths by a product with its reciprocal: off by a unit in the last place.
         divisor = jnp.where(total > whole, 1, whole)
         return total.astype(jnp.float32) / divisor.astype(jnp.float32)
 
