@@ -6,10 +6,13 @@
 
 Stages: cast (blend, pack, presence, finite check), count (tally of n ballots and the verdict, as a
 worker does under each transport), apply (unpack, weight decay, learning rate). No collective runs:
-ballots of other workers are random words.
+ballots of other workers are random words. What they take of a training step is told against the
+gradient of a transformer of about the same size (examples/models.py: needs Flax), in the same run.
 """
 
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +24,10 @@ from update import make_tree
 from distlion_jax import ballot, ledger, tally, vote, words
 from distlion_jax.rules import Rules
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+from models import Transformer, make_loss
+
+WIDTH, SEQUENCES, CONTEXT, CHARACTERS = 512, 4, 64, 84
 RULES = Rules(ties="coin", health="off")
 
 
@@ -36,6 +43,17 @@ def judge(ballots: ballot.Ballot) -> Any:
     counted = tally.count(ballots, 1)
     groups = ballots.votes.shape[1]
     return tally.majority(counted, "coin", words.coins(jnp.int32(3), 0, 0, groups))
+
+
+def gradient(millions: float) -> Callable[[], Any]:
+    """One worker's gradient: a transformer of about so many parameters, the example's batch."""
+    layers = max(1, round(millions * 1e6 / (12 * WIDTH**2)))
+    model = Transformer(CHARACTERS, layers, WIDTH, heads=8)
+    text = jax.random.randint(jax.random.key(4), (SEQUENCES, CONTEXT + 1), 0, CHARACTERS)
+    batch = {"x": text[:, :-1], "y": text[:, 1:]}
+    params = jax.jit(model.init)(jax.random.key(5), batch["x"])["params"]
+    step = jax.jit(jax.grad(make_loss(model)))
+    return lambda: step(params, batch)
 
 
 def stages(millions: float, rounds: int) -> dict[str, Any]:
@@ -67,37 +85,46 @@ def stages(millions: float, rounds: int) -> dict[str, Any]:
         "count, n=8": lambda: count(ballots),
         "apply": timing.donating(apply_jit, (make_tree(millions, jnp.float32, 3),), planes),
     }
-    times = timing.paired(runs, rounds)
+    times = timing.paired(runs | {"gradient": gradient(millions)}, rounds)
+    model = times.pop("gradient")
     median = {name: timing.quartiles(t)[1] for name, t in times.items()}
-    total = timing.quartiles([sum(t) for t in zip(*times.values(), strict=True)])
+    sums = [sum(t, 0.0) for t in zip(*times.values(), strict=True)]
+    total = timing.quartiles(sums)
+    share = timing.quartiles([100 * c / (c + m) for c, m in zip(sums, model, strict=True)])
     rates = sorted(layout.size / t / 1e9 for t in total)
     print(f"\ncodec, {layout.size / 1e6:.1f} M parameters, float32, {rounds} rounds")
     for name, t in median.items():
         print(f"  {name:12} {1e3 * t:7.2f} ms   {layout.size / t / 1e9:6.2f} G parameters/s")
     print(f"  {'all together':12} {1e3 * total[1]:7.2f} ms   {rates[1]:6.2f} G parameters/s"
           f" ({rates[0]:.2f}-{rates[2]:.2f})")  # fmt: skip
+    print(f"  of a training step of {SEQUENCES} x {CONTEXT} characters a worker (gradient "
+          f"{1e3 * timing.quartiles(model)[1]:.0f} ms): {share[1]:.1f} % "
+          f"({share[0]:.1f}-{share[2]:.1f})")  # fmt: skip
     return {"parameters": layout.size, "ms": {k: 1e3 * t for k, t in median.items()},
-            "giga_parameters_per_second": rates}  # fmt: skip
+            "giga_parameters_per_second": rates, "percent_of_a_step": share}  # fmt: skip
 
 
-def counting(millions: float, rounds: int) -> list[dict[str, Any]]:
+def counting(millions: float, rounds: int) -> dict[str, Any]:
     """Times the tally of n ballots: all of them (all_gather) or an n-th (two_phase)."""
     groups = round(millions * 1e6) // words.GROUP
-    rows, count = [], jax.jit(judge)
+    count, workers = jax.jit(judge), (8, 32, 128)
+
+    def nanoseconds(n: int, rows: int) -> float:
+        """Each alone: a large one leaves cold caches and pages to free to whatever comes next."""
+        ballots = random_ballots(n, n, rows)
+        times = timing.paired({"count": lambda: count(ballots)}, rounds)["count"]
+        return 1e9 * timing.quartiles(times)[1] / (groups * words.GROUP)
+
+    rows = {
+        "two_phase": [nanoseconds(n, -(-groups // n)) for n in workers],
+        "all_gather": [nanoseconds(n, groups) for n in workers],
+    }
     print(f"\ncounting at {groups * words.GROUP / 1e6:.1f} M parameters, ns a parameter")
-    print("|   n | all_gather | two_phase |")
-    print("|-----|------------|-----------|")
-    for n in (8, 32, 128):
-        whole, share = random_ballots(1, n, groups), random_ballots(2, n, -(-groups // n))
-        runs = {
-            "all_gather": lambda f=count, b=whole: f(b),
-            "two_phase": lambda f=count, b=share: f(b),
-        }
-        times = timing.paired(runs, rounds)
-        ns = {k: 1e9 * timing.quartiles(t)[1] / (groups * words.GROUP) for k, t in times.items()}
-        print(f"| {n:3} | {ns['all_gather']:10.3f} | {ns['two_phase']:9.3f} |")
-        rows.append({"n": n, **ns})
-    return rows
+    print("|            |" + "".join(f" n = {n:<4}|" for n in workers))
+    print("|------------|" + "---------|" * len(workers))
+    for transport, figures in rows.items():
+        print(f"| {transport:10} |" + "".join(f" {ns:7.3f} |" for ns in figures))
+    return {"workers": workers, **rows}
 
 
 def main() -> int:
@@ -108,7 +135,7 @@ def main() -> int:
     args = p.parse_args()
     results = {
         "stages": stages(args.millions, args.rounds),
-        "counting": counting(args.counting_millions, max(3, args.rounds // 2)),
+        "counting": counting(args.counting_millions, args.rounds),
     }
     timing.write(args.out, results)
     return 0

@@ -22,7 +22,7 @@ from distlion_jax import words
 from distlion_jax.ballot import Ballot
 
 Planes = tuple[Array, ...]
-_UNROLLED = 64  # workers added by one unrolled adder; beyond, in chunks: compiling stays fast
+_UNROLLED = 128  # workers that one adder takes; with more, chunks, so that compiling stays quick
 _CHUNK = 32
 
 
@@ -66,24 +66,27 @@ def _add(columns: list[list[Array]], width: int) -> Planes:
     return tuple(columns[k][0] if columns[k] else jnp.zeros_like(shape) for k in range(width))
 
 
-def _sum_bits(bits: Array, weight_bits: Sequence[Array], width: int) -> Planes:
-    """Planes of ``sum_i weight_i * bits[i]``; ``weight_bits[b]`` masks who has weight bit b."""
-    n = bits.shape[0]
-    masked = [bits & mask for mask in weight_bits]
+def _sum_bits(ballots: Ballot, bits: Callable[[Ballot], Sequence[Array]], width: int) -> Planes:
+    """Sums over workers; ``bits(ballots)[b]`` holds bit b of each worker's number."""
+    n = len(ballots.weight)
+
+    def add_all(some: Ballot) -> Planes:
+        return _add([list(x) for x in bits(some)], width)
+
     if n <= _UNROLLED:
-        return _add([[x[i] for i in range(n)] for x in masked], width)
-    chunks = -(-n // _CHUNK)
-    padding = [(0, chunks * _CHUNK - n)] + [(0, 0)] * (bits.ndim - 1)
-    split = [jnp.pad(x, padding).reshape(chunks, _CHUNK, *bits.shape[1:]) for x in masked]
+        return add_all(ballots)
 
-    def add_chunk(total: Planes, chunk: list[Array]) -> tuple[Planes, None]:
-        columns = [[plane] for plane in total]
-        for column, x in zip(columns, chunk, strict=False):
-            column.extend(x[i] for i in range(_CHUNK))
-        return _add(columns, width), None
+    def split(x: Array) -> Array:
+        padded = jnp.pad(x, [(0, -n % _CHUNK)] + [(0, 0)] * (x.ndim - 1))
+        return padded.reshape(-1, _CHUNK, *x.shape[1:])
 
-    zero = masked[0][0] ^ masked[0][0]  # varies over the same axes as the sums will
-    return jax.lax.scan(add_chunk, (zero,) * width, split)[0]
+    def add_two(total: Planes, plus: Planes) -> tuple[Planes, None]:
+        return _add([[a, b] for a, b in zip(total, plus, strict=True)], width), None
+
+    # Two loops: as one, XLA would fuse them and add a chunk anew for each plane of the total.
+    sums = jax.lax.map(add_all, jax.tree.map(split, ballots))
+    first, rest = (tuple(x[k] for x in sums) for k in (0, slice(1, None)))
+    return jax.lax.scan(add_two, first, rest)[0]
 
 
 def _count_blocks(present: Array, weight: Array, width: int) -> Planes:
@@ -97,20 +100,29 @@ def _count_blocks(present: Array, weight: Array, width: int) -> Planes:
     return tuple(words.pack_bits((voters >> np.uint32(k)) & np.uint32(1)) for k in range(width))
 
 
+def _masks(weight: Array, max_weight: int) -> list[Array]:
+    """Per bit of a weight, a mask of the workers whose weight has it: ``uint32[n, 1, 1]``."""
+    if max_weight == 1:  # present is already empty for weight 0
+        return [jnp.full((len(weight), 1, 1), 0xFFFFFFFF, jnp.uint32)]
+    bits = [(weight >> b) & 1 for b in range(max_weight.bit_length())]
+    return [(-bit).astype(jnp.uint32).reshape(-1, 1, 1) for bit in bits]
+
+
 def count(ballots: Ballot, max_weight: int) -> Count:
     """Counts the stacked ballots of n workers (leading axis n on every field)."""
-    n = ballots.votes.shape[0]
-    width = planes_for(n, max_weight)
-    weight = ballots.weight.astype(jnp.uint32).reshape(n, 1, 1)
-    if max_weight == 1:  # present is already empty for weight 0
-        masks = [jnp.full_like(weight, 0xFFFFFFFF)]
-    else:
-        bits = range(max_weight.bit_length())
-        masks = [jnp.uint32(0) - ((weight >> np.uint32(b)) & np.uint32(1)) for b in bits]
-    positive = _sum_bits(ballots.votes & ballots.present, masks, width)
+    width = planes_for(len(ballots.weight), max_weight)
+
+    def voters(some: Ballot) -> list[Array]:
+        return [some.present & mask for mask in _masks(some.weight, max_weight)]
+
+    def positive(some: Ballot) -> list[Array]:
+        return [some.votes & mask for mask in voters(some)]
+
     if ballots.present.shape[-1] == 1:
-        return Count(positive, _count_blocks(ballots.present, ballots.weight, width))
-    return Count(positive, _sum_bits(ballots.present, masks, width))
+        counted = _count_blocks(ballots.present, ballots.weight, width)
+    else:
+        counted = _sum_bits(ballots, voters, width)
+    return Count(_sum_bits(ballots, positive, width), counted)
 
 
 def _compare(count: Count) -> tuple[Array, Array]:
