@@ -29,8 +29,8 @@ def check_params(tree: Any, mu_dtype: DTypeLike | None) -> None:
         name = f"`params{jax.tree_util.keystr(path)}`"
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(
-                f"{name} has dtype {x.dtype}: a vote needs real floating-point parameters. Freeze "
-                "it with optax.partition and optax.set_to_zero, or split complex numbers in two."
+                f"{name} has dtype {x.dtype}: a vote needs real floating-point parameters. Keep "
+                "what is not trained out of the parameters, or split complex numbers in two."
             )
         check_mu_dtype(f"{name}: the momentum's dtype", mu_dtype or x.dtype)
 

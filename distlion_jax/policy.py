@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from distlion_jax import ledger
@@ -37,6 +38,11 @@ def _labels_of(labels: Any, params: Any) -> Any:
                 f"{', '.join(map(repr, LABELS))}; got {label!r}."
             )
     return tree
+
+
+def _zeros(g: Array) -> Array:
+    """Zeros that JAX knows to be replicated; ``zeros_like`` a worker's gradient are its own."""
+    return jnp.zeros(g.shape, g.dtype)
 
 
 def distributed_lion_by_label(
@@ -100,7 +106,7 @@ def distributed_lion_by_label(
         "majority": vote(aggregation="majority"),
         "average": vote(aggregation="average"),
         "full": scale_by_averaged_lion(b1, b2, mu_dtype, axis_name=axis_name),
-        "frozen": optax.set_to_zero(),
+        "frozen": optax.stateless(lambda g, _: jax.tree.map(_zeros, g)),
     }
 
     def live(params: Any) -> Any:

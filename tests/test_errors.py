@@ -166,7 +166,7 @@ CASES = {
     # Parameters
     "`params` has nothing to vote on: 0 leaves with 0 ... Pass the trainable": init(),
     "`params` has nothing to vote on: 1 leaves with 0 coordinates": init(jnp.zeros((0, 3))),
-    "`params[1]` has dtype int32 ... optax.set_to_zero": init(floats, ints),
+    "`params[1]` has dtype int32 ... Keep what is not trained out of": init(floats, ints),
     "`params[0]` has dtype complex64 ... split complex numbers in two": init(1j * floats),
     "`params[0]`: the momentum's dtype must be ... got float16. ... mu_dtype=jnp.bfloat16": init(
         floats.astype(jnp.float16)

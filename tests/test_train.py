@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole train steps of a loss, a transformation and a mesh, against NumPy, with ==.
+
+The loss is linear in the parameters, so that a worker's gradient is the mean of its rows of the
+batch, exactly.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+
+import distlion_jax as dl
+from distlion_jax import reference
+from tests.helpers import B1, B2, gradients, run_reference, shapes_to_params
+
+TREE = {"a": (3, 5), "flat": (4097,), "rows": (16, 128), "scalar": ()}
+RATE, N, ROWS, STEPS = 0.25, 8, 2, 3
+HOW = ["shard_map", "shard_map_unchecked", "pmap"]
+every_map = pytest.mark.parametrize("how", HOW)
+
+
+def loss(params, batch):
+    parts = jax.tree.map(lambda x, rows: jnp.sum(x * rows.mean(0)), params, batch)
+    return sum(jax.tree.leaves(parts), jnp.float32(0))
+
+
+def batches(seed=0):
+    """The batches of all steps: ``ROWS`` rows a worker."""
+    return [gradients(TREE, N * ROWS, seed + t, zero_rows=False) for t in range(STEPS)]
+
+
+def means(batch, workers=N):
+    """Gradients: ``{name: [workers, *shape]}``."""
+    split = {k: x.reshape(workers, -1, *x.shape[1:]) for k, x in batch.items()}
+    return {k: x.mean(1) for k, x in split.items()}
+
+
+def lion(**options):
+    return dl.distributed_lion(RATE, B1, B2, weight_decay=0.0, **options)
+
+
+def train(how, tx, data, extra=None, mesh=None, **options):
+    """Trains from zero; returns parameters, state and metrics after each step, as NumPy."""
+    params, history = shapes_to_params(TREE), []
+    if how == "pmap":
+        step = dl.make_pmap_train_step(loss, tx, **options)
+        params, state = dl.pmap_replicate(params), dl.pmap_replicate(tx.init(params))
+    else:
+        mesh = dl.worker_mesh(N) if mesh is None else mesh
+        axis = options.get("axis_name", "data")
+        checked = how == "shard_map"
+        step = dl.make_train_step(loss, tx, mesh, check_vma=checked, **options)
+        params, state = dl.replicate(params, mesh), dl.init_state(tx, params, mesh, axis)
+    for t, batch in enumerate(data):
+        params, state, metrics = step(params, state, batch, **({} if extra is None else extra[t]))
+        assert dl.replicas_agree(params, mesh) if how != "pmap" else all_rows_equal(params)
+        host = jax.tree.map(np.asarray, (params, state, metrics))
+        first = jax.tree.map(lambda x: x[0], host[0]) if how == "pmap" else host[0]
+        history.append((first, *host[1:]))
+    return history
+
+
+def all_rows_equal(tree):
+    return all((np.asarray(x) == np.asarray(x)[:1]).all() for x in jax.tree.leaves(tree))
+
+
+def assert_parameters(history, directions, names=TREE):
+    """Parameters are the start (0) less the directions of the rounds so far, times RATE."""
+    x = {name: np.zeros(TREE[name], np.float32) for name in names}
+    for (params, *_), direction in zip(history, directions, strict=True):
+        for name in names:
+            x[name] = x[name] - np.float32(RATE) * direction[name]
+            np.testing.assert_array_equal(params[name], x[name])
+
+
+def named(rounds, names=TREE):
+    return [dict(zip(sorted(names), verdict.direction, strict=True)) for verdict, _ in rounds]
+
+
+def reference_run(grads, n=N, tree=TREE, **options):
+    return run_reference(tree, n, len(grads), grads=grads, **options)
+
+
+@every_map
+@pytest.mark.parametrize("aggregation", ["majority", "average"])
+def test_equals_reference(how, aggregation):
+    take = np.array([True] * 5 + [False] + [True] * 2)
+    extra = [{}, {"participating": take}, {}]
+    history = train(how, lion(aggregation=aggregation), batches(), extra)
+    grads = [means(b) for b in batches()]
+    given = [{"participating": [True] * N}, {"participating": take}, {"participating": [True] * N}]
+    want = reference_run(grads, extra=given, aggregation=aggregation)
+    assert_parameters(history, named(want))
+    before = shapes_to_params(TREE)
+    for t, (params, state, metrics) in enumerate(history):
+        verdict, after = want[t]
+        for leaf, name in enumerate(sorted(TREE)):
+            for i in range(N):
+                mu = state[0].mu[name][i].reshape(TREE[name])
+                np.testing.assert_array_equal(mu, after.mu[i][leaf])
+        assert metrics.health[0].voted.tolist() == verdict.voted
+        assert int(metrics.health[0].voters) == verdict.voters
+        np.testing.assert_allclose(metrics.health[0].tied, verdict.tied, rtol=1e-5)
+        np.testing.assert_allclose(metrics.health[0].margin, verdict.margin, rtol=1e-5)
+        mine = [{k: g[i] for k, g in grads[t].items()} for i in range(N)]
+        losses = [sum(np.sum(before[k] * g[k]) for k in TREE) for g in mine]
+        voted = [x for x, entered in zip(losses, verdict.voted, strict=True) if entered]
+        np.testing.assert_allclose(metrics.loss, np.mean(voted), rtol=1e-5)
+        before = params
+
+
+@every_map
+def test_dense_warm_up_then_votes(how):
+    """For two steps all vote on the same mean; then each on its own."""
+    tx = optax.chain(dl.average_gradients("data", steps=2), lion())
+    grads = [means(b) for b in batches()]
+    for g in grads[:2]:
+        g.update({k: np.broadcast_to(x.mean(0), x.shape) for k, x in g.items()})
+    assert_parameters(train(how, tx, batches()), named(reference_run(grads)))
+
+
+@pytest.mark.parametrize("how", HOW[:2])
+@pytest.mark.parametrize("inside", ["mean_axis_name", "average_gradients"])
+def test_nodes_average_inside_and_vote_across(how, inside):
+    """A fast inner axis: two nodes of four chips are two workers that see their nodes' means."""
+    mesh = jax.make_mesh((2, 4), ("node", "chip"), (AxisType.Auto,) * 2)
+    options = {"axis_name": "node", "mean_axis_name": "chip"}
+    tx = lion(axis_name="node")
+    if inside == "average_gradients":  # the same mean twice is one mean
+        tx = optax.chain(dl.average_gradients("chip"), tx)
+    history = train(how, tx, batches(), mesh=mesh, **options)
+    want = reference_run([means(b, 2) for b in batches()], n=2)
+    assert_parameters(history, named(want))
+    assert [h[2].health[0].voters for h in history] == [2] * STEPS
+
+
+LABELS = {"a": "full", "flat": "average", "rows": "majority", "scalar": "frozen"}
+
+
+@every_map
+@pytest.mark.parametrize("sick", [None, "a", "flat"])
+def test_policy_by_label(how, sick):
+    """Each group as if it were alone; who is sick in one leaf sits out in all."""
+    data = batches()
+    entered = [[True] * N for _ in data]
+    if sick:
+        data[1][sick][2 * ROWS, ...] = np.nan  # in a row of worker 2
+        entered[1][2] = False
+    tx = dl.distributed_lion_by_label(RATE, LABELS, B1, B2, weight_decay=0.0)
+    history = train(how, tx, data)
+    grads = [means(b) for b in data]
+    extra = [{"participating": e} for e in entered]
+    for name, options in (("flat", {"aggregation": "average"}), ("rows", {})):
+        tree = {name: TREE[name]}
+        want = reference_run(grads, tree=tree, extra=extra, **options)
+        assert_parameters(history, named(want, tree), tree)
+    assert_parameters(history, full_directions(grads, entered, "a"), ["a"])
+    assert_parameters(history, [{"scalar": np.float32(0)}] * STEPS, ["scalar"])
+    assert [h[2].health[0].voted.tolist() for h in history] == entered
+
+
+def full_directions(grads, entered, name):
+    """Lion on sums of full-precision blends, with momentum per worker."""
+    mu, out = np.zeros((N, *TREE[name]), np.float32), []
+    for g, take in zip(grads, entered, strict=True):
+        who = np.flatnonzero(take)
+        g = g[name][who]
+        out.append({name: np.sign(((1 - B1) * g + B1 * mu[who]).sum(0))})
+        mu[who] = (1 - B2) * g + B2 * mu[who]
+    return out
+
+
+@every_map
+def test_each_worker_draws_its_own_randomness(how):
+    """``rng`` is folded with the worker's index, and ``aux`` averaged over workers."""
+
+    def noisy(params, batch, key):
+        draw = jax.random.uniform(key)
+        return loss(params, batch), {"draw": draw, "square": draw**2}
+
+    tx, params = lion(), shapes_to_params(TREE)
+    if how == "pmap":
+        step = dl.make_pmap_train_step(noisy, tx, has_aux=True)
+        params, state = dl.pmap_replicate(params), dl.pmap_replicate(tx.init(params))
+    else:
+        mesh = dl.worker_mesh(N)
+        step = dl.make_train_step(noisy, tx, mesh, has_aux=True, check_vma=how == "shard_map")
+        params, state = dl.replicate(params, mesh), dl.init_state(tx, params, mesh)
+    key = jax.random.key(3)
+    *_, metrics = step(params, state, batches()[0], rng=key)
+    draws = np.array([jax.random.uniform(jax.random.fold_in(key, i)) for i in range(N)])
+    np.testing.assert_allclose(metrics.aux["draw"], draws.mean(), rtol=1e-6)
+    np.testing.assert_allclose(metrics.aux["square"], (draws**2).mean(), rtol=1e-6)
+
+
+def test_ordinary_optimizers_take_the_mean():
+    """``gradients="mean"``: plain ``optax.sgd`` on the mean gradient of the whole batch."""
+    mesh, tx = dl.worker_mesh(N), optax.sgd(RATE)
+    params = dl.replicate(shapes_to_params(TREE), mesh)
+    step = dl.make_train_step(loss, tx, mesh, gradients="mean")
+    history, state = [], dl.replicate(tx.init(params), mesh)
+    for batch in batches():
+        params, state, _ = step(params, state, batch)
+        history.append((jax.tree.map(np.asarray, params),))
+    directions = [{k: x.mean(0) for k, x in batch.items()} for batch in batches()]
+    assert_parameters(history, directions)
+
+
+def test_reference_apply_is_the_update():
+    """Weight decay and learning rate: ``x - lr * (Delta + weight_decay * x)``, in NumPy's loops."""
+    start = [np.float32(2.0) * np.ones(s, np.float32) for _, s in sorted(TREE.items())]
+    tx = dl.distributed_lion(RATE, B1, B2, weight_decay=0.5)
+    mesh = dl.worker_mesh(N)
+    params = dict(zip(sorted(TREE), map(jnp.asarray, start), strict=True))
+    step = dl.make_train_step(loss, tx, mesh)
+    got, *_ = step(dl.replicate(params, mesh), dl.init_state(tx, params, mesh), batches()[0])
+    ((verdict, _),) = reference_run([means(batches()[0])])
+    want = reference.apply(start, verdict.direction, RATE, 0.5)
+    for x, name in zip(want, sorted(TREE), strict=True):
+        np.testing.assert_array_equal(got[name], x)
