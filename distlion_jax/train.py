@@ -7,7 +7,7 @@ Out: a jitted, buffer-donating ``step(params, state, batch) -> (params, state, m
 The pieces are :mod:`distlion_jax.mesh`'s, and can be put together otherwise in a few lines.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -120,6 +120,17 @@ def _average(
     return Metrics(loss, aux, tuple(out))
 
 
+def _settler(devices: Iterable[Any]) -> Callable[[Any], Any]:
+    """Waits for a step on virtual CPU devices, elsewhere does nothing.
+
+    They share the threads of one pool: steps that queue up starve one another's collectives, until
+    XLA gives up and aborts the process.
+    """
+    here = jax.process_index()
+    virtual = sum(d.platform == "cpu" and d.process_index == here for d in devices) > 1
+    return jax.block_until_ready if virtual else lambda metrics: metrics
+
+
 def make_train_step(
     loss_fn: Callable[..., Any],
     tx: optax.GradientTransformation,
@@ -153,7 +164,8 @@ def make_train_step(
       ``step(params, state, batch, *, rng=None, **extra) -> (params, state, metrics)``. The batch's
       leading axis is split over the workers; ``rng`` is a key, folded with the worker's index;
       each ``extra`` argument (``participating``, ``weight``) is an array of shape [n], one entry a
-      worker. ``metrics`` is :class:`Metrics`.
+      worker. ``metrics`` is :class:`Metrics`. On virtual CPU devices, and only there, the step is
+      waited for.
 
     Raises:
       ValueError: for a batch or state that does not fit the mesh, or an axis it does not have.
@@ -204,10 +216,12 @@ def make_train_step(
         return sharded(params, state, batch, rng, extra)
 
     jitted = jax.jit(run, donate_argnums=(0, 1) if donate else ())
+    settle = _settler(mesh.devices.flat)
 
     def step(params: Any, state: Any, batch: Any, *, rng: Any = None, **extra: Any) -> Any:
         _check_step(batch, state if stacked else (), extra, n, shards)
-        return jitted(params, state, batch, rng, extra)
+        params, state, metrics = jitted(params, state, batch, rng, extra)
+        return params, state, settle(metrics)
 
     step.jitted = jitted  # type: ignore[attr-defined]
     return step
@@ -257,10 +271,13 @@ def make_pmap_train_step(
         donate_argnums=(0, 1) if donate else (),
     )
 
+    settle = _settler(devices)
+
     def step(params: Any, state: Any, batch: Any, *, rng: Any = None, **extra: Any) -> Any:
         _check_step(batch, (params, state), extra, n, n)
         batch = jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch)
         params, state, metrics = mapped(params, state, batch, rng, extra)
+        settle(metrics)
         first = jax.tree.map(lambda x: x[0], metrics)
         pairs = zip(first.health, metrics.health, strict=True)
         health = tuple(f._replace(voted=h.voted) for f, h in pairs)

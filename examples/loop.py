@@ -24,10 +24,8 @@ from tqdm import tqdm
 
 from distlion_jax import vote_health, worker_mesh
 
-# Waiting for the loss now and then bounds how far dispatch runs ahead: with many steps queued,
-# virtual devices that share a CPU's threads can starve one another in a collective, and stop.
-# A longer queue than a few steps gains nothing.
-WAIT_EVERY = 8
+# Steps that a method takes before it is the next one's turn.
+TURN = 8
 
 
 @dataclasses.dataclass
@@ -198,7 +196,7 @@ def train(trainings: list[Training], config: Config, stop: Stop) -> list[Run]:
     done = 0
     with tqdm(total=config.steps, unit="step", dynamic_ncols=True) as bar:
         while done < config.steps and not stop.asked:
-            stops = [(done // k + 1) * k for k in (WAIT_EVERY, config.eval_every)]
+            stops = [(done // k + 1) * k for k in (TURN, config.eval_every)]
             done = min(*stops, config.steps) if done else 1
             for training in trainings:
                 training.advance(done)
