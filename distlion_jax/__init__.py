@@ -22,13 +22,13 @@ from distlion_jax.mesh import replicate as replicate
 from distlion_jax.mesh import stack as stack
 from distlion_jax.mesh import unstack as unstack
 from distlion_jax.mesh import worker_mesh as worker_mesh
+from distlion_jax.metrics import Metrics as Metrics
+from distlion_jax.metrics import vote_health as vote_health
 from distlion_jax.policy import distributed_lion_by_label as distributed_lion_by_label
 from distlion_jax.policy import wire_cost_by_label as wire_cost_by_label
 from distlion_jax.rules import TRANSPORTS as TRANSPORTS
-from distlion_jax.train import Metrics as Metrics
 from distlion_jax.train import make_pmap_train_step as make_pmap_train_step
 from distlion_jax.train import make_train_step as make_train_step
 from distlion_jax.train import pmap_replicate as pmap_replicate
-from distlion_jax.train import vote_health as vote_health
 
 __version__ = "0.1.0"

@@ -62,12 +62,21 @@ def replicas_agree(tree: Any, mesh: Mesh) -> bool:
     Returns:
       True if all replicas are bit-identical.
 
+    Raises:
+      ValueError: for an array that does not claim to be replicated.
+
     Examples:
       >>> from distlion_jax.mesh import replicate, worker_mesh
       >>> mesh = worker_mesh(8)
       >>> replicas_agree(replicate({"w": jnp.ones(3)}, mesh), mesh)
       True
     """
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        if not x.sharding.is_fully_replicated:
+            raise ValueError(
+                f"`tree{jax.tree_util.keystr(path)}` is not replicated (it has {x.sharding}): "
+                "there are no replicas of it to compare."
+            )
     names = mesh.axis_names
     compare = jax.shard_map(
         lambda tree: all_same(tree, names)[None],

@@ -17,22 +17,32 @@ from distlion_jax import wire
 from distlion_jax.rules import AxisName, Rules, known
 
 
+def check_axis_name(axis_name: AxisName | None) -> None:
+    """Raises for an axis name that names no axis."""
+    if axis_name is None or not wire.axes(axis_name):
+        raise ValueError(
+            f"`axis_name` must name at least one axis; got {axis_name!r}. One worker alone needs "
+            "no vote: distributed_lion(..., axis_name=None) is optax.lion."
+        )
+
+
 def check_params(tree: Any, mu_dtype: DTypeLike | None) -> None:
     """Raises unless the tree has coordinates, all of them real floating-point numbers."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    if not any(x.size for _, x in leaves):
+    if not any(jnp.size(x) for _, x in leaves):
         raise ValueError(
             f"`params` has nothing to vote on: {len(leaves)} leaves with 0 coordinates in all. "
             "Pass the trainable parameters (a filter or mask may have removed them all)."
         )
     for path, x in leaves:
         name = f"`params{jax.tree_util.keystr(path)}`"
-        if not jnp.issubdtype(x.dtype, jnp.floating):
+        dtype = jnp.result_type(x)
+        if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(
-                f"{name} has dtype {x.dtype}: a vote needs real floating-point parameters. Keep "
+                f"{name} has dtype {dtype}: a vote needs real floating-point parameters. Keep "
                 "what is not trained out of the parameters, or split complex numbers in two."
             )
-        check_mu_dtype(f"{name}: the momentum's dtype", mu_dtype or x.dtype)
+        check_mu_dtype(f"{name}: the momentum's dtype", mu_dtype or dtype)
 
 
 def check_mu_dtype(name: str, dtype: DTypeLike) -> None:
@@ -44,6 +54,16 @@ def check_mu_dtype(name: str, dtype: DTypeLike) -> None:
             "0 (0.99 times its smallest number rounds back to it), so that one touch votes for "
             "ever; "
             "pass mu_dtype=jnp.float32 or mu_dtype=jnp.bfloat16."
+        )
+
+
+def check_state(count: Array) -> None:
+    """Raises for a state that still has its worker axis."""
+    if jnp.ndim(count):
+        raise ValueError(
+            f"`state` has a worker axis (its count has shape {jnp.shape(count)}): inside the "
+            "mapped function take it off first, state = distlion_jax.unstack(state), and put it "
+            "back on after, distlion_jax.stack(state)."
         )
 
 
@@ -89,7 +109,16 @@ def check_workers(n: int, axis_name: AxisName, allow_single_worker: bool) -> Non
         )
 
 
-def say(rules: Rules, participating: ArrayLike, weight: ArrayLike | None) -> Array:
+def check_weights(rules: Rules, n: int) -> None:
+    """Raises where float32 could not hold the sum of all weights exactly."""
+    if n * rules.top_weight > 2**24:
+        raise ValueError(
+            f"`max_weight` {rules.top_weight} times {n} workers is more than 2**24, as "
+            "far as their sums are exact. Divide all weights by a common factor."
+        )
+
+
+def effective_weight(rules: Rules, participating: ArrayLike, weight: ArrayLike | None) -> Array:
     """This worker's weight, 0 if it sits out; checks what can be checked without values."""
     if jnp.shape(participating) or not jnp.issubdtype(jnp.result_type(participating), jnp.bool_):
         raise ValueError(
@@ -115,5 +144,6 @@ def say(rules: Rules, participating: ArrayLike, weight: ArrayLike | None) -> Arr
             "max_weight, or divide all weights by a common factor."
         )
     weight = jnp.asarray(weight)
-    valid = (weight > 0) & (weight <= rules.top_weight)  # a traced one out of range sits out
+    top = min(rules.top_weight, jnp.iinfo(weight.dtype).max)  # in a narrow dtype it could wrap
+    valid = (weight > 0) & (weight <= top)  # a traced one out of range sits out
     return jnp.where(jnp.asarray(participating) & valid, weight, 0).astype(jnp.int32)

@@ -2,7 +2,7 @@
 """Full-precision averaging of gradients: for warm-up, for a fast inner axis, for chosen leaves.
 
 In:  this worker's own gradients. Out: their mean (or the sign of the blends' mean) over the axis,
-     in full precision on the wire.
+     summed in float32.
 """
 
 from typing import Any, NamedTuple
@@ -14,7 +14,32 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from distlion_jax import checks, wire
-from distlion_jax.rules import AxisName
+from distlion_jax.rules import AxisName, Rules, check_fraction
+
+
+def _sum(x: Array, keep: Array, weight: Array, axis_name: AxisName) -> Array:
+    """Sum over the axis of ``weight * x`` of those who take part, in float32 at least."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return wire.total(jnp.where(keep, x.astype(wide) * weight, 0), axis_name)
+
+
+def finite_mean(tree: Any, axis_name: AxisName, weight: ArrayLike = 1) -> Any:
+    """Mean over the axis, of those whose numbers are all finite; 0 where nobody's are.
+
+    Args:
+      tree: this worker's own arrays.
+      axis_name: mapped axis, or axes.
+      weight: ``int32[]``, this worker's; 0 leaves it out.
+    """
+    weight = jnp.asarray(weight, jnp.int32)
+    take = (weight > 0) & all_finite(tree)
+    whole = jnp.maximum(wire.total(jnp.where(take, weight, 0), axis_name), 1)
+
+    def mean(x: Array) -> Array:
+        total = _sum(x, take, weight, axis_name)
+        return (total / whole.astype(total.dtype)).astype(x.dtype)
+
+    return jax.tree.map(mean, tree)
 
 
 class AverageGradientsState(NamedTuple):
@@ -29,24 +54,27 @@ def all_finite(tree: Any) -> Array:
 
 
 def average_gradients(
-    axis_name: AxisName, steps: int | None = None
+    axis_name: AxisName = "data", steps: int | None = None, *, max_weight: int | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces gradients by their mean over the workers that have finite ones.
 
     Chained before :func:`distlion_jax.distributed_lion` with ``steps=k`` it is a dense warm-up:
-    for k steps every worker votes on the same mean gradient, which is full-precision Lion; then
-    workers vote on their own. Over a fast inner axis (``steps=None``) it averages inside the node,
-    so that nodes vote on their means: ``optax.chain(average_gradients("chip"),
-    distributed_lion(lr, axis_name="node"))``. Each dense step costs a 32-bit all-reduce.
+    for k steps every worker votes on the same mean gradient, which is full-precision Lion (but for
+    the coins of isolated zeros); then workers vote on their own. Over a fast inner axis
+    (``steps=None``) it averages inside the node, so that nodes vote on their means:
+    ``optax.chain(average_gradients("chip"), distributed_lion(lr, axis_name="node"))``. Each dense
+    step costs a 32-bit all-reduce.
 
     Args:
       axis_name: mapped axis, or axes, to average over.
       steps: average for this many steps, then pass gradients through; None: always.
+      max_weight: largest ``weight`` of a worker, as the vote's; None: weights are not in use.
 
     Returns:
-      A transformation. ``participating`` (bool scalar, extra argument of ``update``) leaves this
-      worker out of the mean; when nobody takes part the mean is 0. With ``steps`` the result
-      differs by worker (as JAX sees it), without it is replicated.
+      A transformation. The extra arguments of ``update`` are the vote's: ``participating`` (bool
+      scalar) leaves this worker out of the mean, ``weight`` (integer scalar) weighs it; when nobody
+      takes part the mean is 0. With ``steps`` the result differs by worker (as JAX sees it),
+      without it is replicated.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -58,6 +86,9 @@ def average_gradients(
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 0):
         raise ValueError(f"`steps` must be a static int of at least 0, or None; got {steps!r}.")
 
+    checks.check_axis_name(axis_name)
+    rules = Rules(max_weight=max_weight)
+
     def init_fn(params: optax.Params) -> Any:
         del params
         return AverageGradientsState(jnp.zeros([], jnp.int32))
@@ -68,19 +99,15 @@ def average_gradients(
         params: optax.Params | None = None,
         *,
         participating: ArrayLike = True,
+        weight: ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         del params, extra_args
-        wire.size(axis_name)
+        checks.check_weights(rules, wire.size(axis_name))
+        mine = checks.effective_weight(rules, participating, weight)
 
         def mean(g: Any) -> Any:
-            take = jnp.asarray(participating) & all_finite(g)
-            voters = jnp.maximum(wire.total(take.astype(jnp.int32), axis_name), 1)
-            zeroed = jax.tree.map(lambda x: jnp.where(take, x, jnp.zeros_like(x)), g)
-            return jax.tree.map(
-                lambda x: (wire.total(x, axis_name) / voters.astype(x.dtype)).astype(x.dtype),
-                zeroed,
-            )
+            return finite_mean(g, axis_name, mine)
 
         new_state = AverageGradientsState(jnp.asarray(optax.safe_increment(state.count)))
         if steps is None:
@@ -109,16 +136,18 @@ def scale_by_averaged_lion(
     mu_dtype: DTypeLike | None = None,
     *,
     axis_name: AxisName = "data",
+    max_weight: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Lion on the workers' full-precision mean, with the vote's state: momentum per worker.
 
-    ``Delta = sign(sum_i (b1 m_i + (1 - b1) g_i))``. The blend is linear, so this is Lion on the
-    mean gradient (up to rounding), while workers may sit rounds out as in a vote. It costs one
-    32-bit all-reduce. For leaves too small or too delicate to vote on.
+    ``Delta = sign(sum_i weight_i (b1 m_i + (1 - b1) g_i))``. The blend is linear, so this is Lion
+    on the mean gradient (up to rounding), while workers may sit rounds out as in a vote. It costs
+    one 32-bit all-reduce. For leaves too small or too delicate to vote on.
 
     Args:
       b1, b2, mu_dtype: as in ``optax.lion``.
       axis_name: mapped axis, or axes, that the workers lie on.
+      max_weight: largest ``weight`` of a worker, as the vote's; None: weights are not in use.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -127,6 +156,11 @@ def scale_by_averaged_lion(
       >>> print(jax.vmap(lambda g: tx.update(g, tx.init(g))[0], axis_name="data")(g)[0])
       [-1.]
     """
+
+    check_fraction("b1", b1)
+    check_fraction("b2", b2)
+    checks.check_axis_name(axis_name)
+    rules = Rules(max_weight=max_weight)
 
     def init_fn(params: optax.Params) -> Any:
         checks.check_params(params, mu_dtype)
@@ -138,19 +172,17 @@ def scale_by_averaged_lion(
         params: optax.Params | None = None,
         *,
         participating: ArrayLike = True,
+        weight: ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         del params, extra_args
-        wire.size(axis_name)
+        checks.check_weights(rules, wire.size(axis_name))
         checks.check_update(updates, state.mu, axis_name)
+        mine = checks.effective_weight(rules, participating, weight)
         blend = jax.tree.map(lambda g, m: (1.0 - b1) * g + b1 * m, updates, state.mu)
-        take = jnp.asarray(participating) & all_finite(blend)
+        take = (mine > 0) & all_finite(blend)
         direction = jax.tree.map(
-            lambda c, g: jnp.sign(
-                wire.total(jnp.where(take, c, jnp.zeros_like(c)), axis_name)
-            ).astype(g.dtype),
-            blend,
-            updates,
+            lambda c, g: jnp.sign(_sum(c, take, mine, axis_name)).astype(g.dtype), blend, updates
         )
         mu = jax.tree.map(
             lambda g, m: jnp.where(take, ((1.0 - b2) * g + b2 * m).astype(m.dtype), m),

@@ -109,12 +109,15 @@ def _collectives(layout: Layout, n: int, rules: Rules, transport: str) -> tuple[
     elements = layout.groups * PLANES * columns
     votes = Collective("all-reduce", psum_dtype(n, rules), elements, n)
     if (rules.aggregation, rules.ties, rules.health) == ("majority", "zero", "off"):
-        return (votes,)  # nobody reads the voters, their weight or the step
+        return (votes,)  # nobody reads the voters, their weight or the step: XLA drops them
     return (votes, Collective("all-reduce", "s32", 3, n))
 
 
 def cost(layout: Layout, n: int, rules: Rules) -> WireCost:
     """Cost of one step for n workers; ``auto`` is resolved to the transport with fewest bytes."""
+    if n < 1:
+        raise ValueError(f"`n` (workers) must be at least 1; got {n}.")
+    rules = rules.for_workers(n)
     names = ("all_gather", "two_phase") if rules.transport == "auto" else (rules.transport,)
     costs = [WireCost(t, layout.size, _collectives(layout, n, rules, t)) for t in names]
     return min(costs, key=lambda c: c.bytes_received)
@@ -150,8 +153,6 @@ def wire_cost(
       >>> round(full_precision_cost(params, 8).bits_per_parameter, 1)
       56.0
     """
-    if n < 1:
-        raise ValueError(f"`n` (workers) must be at least 1; got {n}.")
     rules = Rules(aggregation, transport, ties, ballot, max_weight, health)
     return cost(layout_of(params), n, rules)
 
@@ -171,7 +172,15 @@ def full_precision_cost(params: Any, n: int, dtype: str = "f32") -> WireCost:
     )
 
 
-_OPS = ("all-gather", "all-to-all", "all-reduce", "reduce-scatter", "collective-permute")
+_OPS = (
+    "all-gather",
+    "all-to-all",
+    "all-reduce",
+    "reduce-scatter",
+    "collective-permute",
+    "collective-broadcast",
+    "ragged-all-to-all",
+)
 _INSTRUCTION = re.compile(r"%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)")  # name, result, op, rest
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 
@@ -219,6 +228,11 @@ def compiled_collectives(compiled: Any, workers: int) -> list[Collective]:
     text = compiled if isinstance(compiled, str) else compiled.as_text()
     results: dict[str, list[tuple[str, int]]] = {}  # of the instructions so far, by name
     found = []
+    if not _INSTRUCTION.search(text):
+        raise ValueError(
+            f"`compiled` holds no HLO instruction (%name = type op(...)); it begins {text[:40]!r}. "
+            "Pass jax.jit(f).lower(...).compile(), or its as_text()."
+        )
     for name, result, op, rest in _INSTRUCTION.findall(text):
         results[name] = _arrays(result)
         op = op.removesuffix("-start")

@@ -7,7 +7,6 @@ and momentum, holds a vote over the axis, and returns the verdict as the (ascent
 rate. Momentum and the ballot differ by worker; direction, and so the parameters, do not.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -39,11 +38,15 @@ class VoteHealth(NamedTuple):
     voted: Array  # bool[]; differs by worker: whether this worker took part
     voters: Array  # int32[]; the same on all workers: how many took part
     tied: Any  # float32[] (or a list, a scalar per leaf); same: share of coordinates tied
-    margin: Any  # float32[] (or a list, a scalar per leaf); same: mean |sum of votes| / voters
+    margin: Any  # float32[] (or a list, a scalar per leaf); same: mean |sum of votes| / weight
 
 
 class ScaleByDistributedLionState(NamedTuple):
-    """State of :func:`scale_by_distributed_lion`; one per worker."""
+    """State of :func:`scale_by_distributed_lion`; one per worker.
+
+    ``update`` takes momentum with a worker axis of size 1 too, as :func:`distlion_jax.unstack`
+    leaves it.
+    """
 
     count: Array  # int32[]; the same on all workers: rounds so far, seeds the coins
     mu: optax.Updates  # the parameters' shapes, `mu_dtype`; differs by worker: never sent
@@ -114,10 +117,7 @@ def scale_by_distributed_lion(
         raise ValueError(f"`threshold` must be a finite number of at least 0; got {threshold!r}.")
     if axis_name is None:
         return optax.with_extra_args_support(optax.scale_by_lion(b1, b2, mu_dtype))
-    if not wire.axes(axis_name):
-        raise ValueError(
-            "`axis_name` must name at least one axis; got (). Pass None for one worker."
-        )
+    checks.check_axis_name(axis_name)
 
     def init_fn(params: optax.Params) -> Any:
         checks.check_params(params, mu_dtype)
@@ -137,9 +137,10 @@ def scale_by_distributed_lion(
         del params, extra_args
         n = wire.size(axis_name)
         checks.check_workers(n, axis_name, allow_single_worker)
+        checks.check_weights(rules, n)
+        checks.check_state(state.count)
         checks.check_update(updates, state.mu, axis_name)
-        # One worker has nobody to tell: its zeros need no coin, and n = 1 is Optax's Lion.
-        local = rules if n > 1 else dataclasses.replace(rules, ballot="ternary")
+        local = rules.for_workers(n)
         gradients, treedef = jax.tree.flatten(updates)
         mu = treedef.flatten_up_to(state.mu)
         layout = Layout([x.shape for x in gradients])
@@ -150,7 +151,7 @@ def scale_by_distributed_lion(
             local,
             b1,
             0.0 if threshold is None else threshold,
-            checks.say(rules, participating, weight),
+            checks.effective_weight(rules, participating, weight),
             state.count,
             jax.lax.axis_index(axis_name),
         )
@@ -160,14 +161,15 @@ def scale_by_distributed_lion(
 
         def remember(g: Array, m: Array) -> Array:
             new = ((1.0 - b2) * g.reshape(m.shape) + b2 * m).astype(m.dtype)
-            return jnp.where(voted, new, m)  # needs the whole ballot, so m is overwritten in place
+            # `voted` waits for the whole ballot: nobody reads m after, and it is overwritten.
+            return jnp.where(voted, new, m)
 
         new_mu = [remember(g, m) for g, m in zip(gradients, mu, strict=True)]
         figures = _health(rules, layout, voted, verdict)
         return treedef.unflatten(direction), ScaleByDistributedLionState(
             jnp.asarray(optax.safe_increment(state.count)),
             treedef.unflatten(new_mu),
-            jax.tree.map(lambda x: wire.vary(x, axis_name), figures),
+            jax.tree.map(lambda x: wire.vary(x, axis_name), figures),  # as the state is stacked
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -191,7 +193,7 @@ def distributed_lion(
     health: Health = "total",
     allow_single_worker: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Distributed Lion: data-parallel Lion that sends one bit per parameter.
+    r"""Distributed Lion: data-parallel Lion that sends one bit per parameter, and receives one.
 
     A drop-in for ``optax.lion`` in a step mapped over ``axis_name`` (``jax.shard_map``,
     ``jax.pmap`` or ``jax.vmap``) **without** averaging the gradients first. With n workers, worker
@@ -199,10 +201,10 @@ def distributed_lion(
 
     .. math::
 
-      \delta_i &= \mathrm{sign}(\beta_1 m_i + (1 - \beta_1) g_i) \
-      m_i &\leftarrow \beta_2 m_i + (1 - \beta_2) g_i \
+      \delta_i &= \mathrm{sign}(\beta_1 m_i + (1 - \beta_1) g_i) \\
+      m_i &\leftarrow \beta_2 m_i + (1 - \beta_2) g_i \\
       \Delta &= \mathrm{sign}(\textstyle\sum_i \delta_i) \quad\text{(majority)}, \qquad
-      \Delta = \tfrac{1}{n} \textstyle\sum_i \delta_i \quad\text{(average)} \
+      \Delta = \tfrac{1}{n} \textstyle\sum_i \delta_i \quad\text{(average)} \\
       x &\leftarrow x - \alpha_t (\Delta + \lambda x)
 
     Only the packed delta_i and Delta cross the network. Momentum differs by worker and is never
@@ -213,8 +215,8 @@ def distributed_lion(
 
     ``update`` takes two extra arguments, each this worker's own scalar: ``participating`` (bool),
     False sits the round out (abstains everywhere, momentum stays); ``weight`` (integer, needs
-    ``max_weight``), its say, as in proportion to its batch; a traced weight that is not in
-    [1, max_weight] sits out. A worker with a non-finite blend sits out too.
+    ``max_weight``), its say, as in proportion to its batch; 0 sits out, and so does a traced weight
+    that is not in [0, max_weight]. A worker with a non-finite blend sits out too.
 
     Args:
       learning_rate: step size or schedule; start majority at Lion's, 3-10 times below AdamW's.
@@ -226,11 +228,13 @@ def distributed_lion(
         masks the decay only; see :func:`distlion_jax.distributed_lion_by_label` to freeze leaves.
       axis_name: mapped axis, or tuple of axes, that the workers lie on; None: one worker, and
         this is ``optax.lion``, exactly (the options below have no effect).
-      aggregation: ``"majority"`` (1 bit down) or ``"average"`` (log2(n+1) bits down).
+      aggregation: ``"majority"`` (1 or 2 bits down, see ``ties``) or ``"average"`` (log2(n+1) bits,
+        one more with ternary ballots).
       transport: ``"all_gather"``, ``"two_phase"``, ``"psum"`` (uncompressed, for checking), or
         ``"auto"``: the fewest bytes by :func:`distlion_jax.wire_cost`. Same result, bit for bit.
       ties: ``"zero"``: a tied coordinate does not move (the paper's sign(0) = 0; the verdict
-        travels as two bits); ``"coin"``: a fair coin of (step, coordinate) decides (one bit).
+        travels as two bits); ``"coin"``: a fair coin of (step, coordinate) decides (one bit, or
+        two with ternary ballots).
       ballot: ``"binary"``: 1 bit, and a presence bit per block of 128: a block of exact zeros
         abstains, an isolated zero votes by a fair coin; ``"ternary"``: 2 bits, zeros abstain.
       threshold: ternary only: blends with absolute value up to this abstain.

@@ -4,8 +4,8 @@
 What differs by worker is kept apart from what does not. Outside the mapped function the whole
 optimizer state carries a leading worker axis of size n, sharded over the mesh axis (the form of
 pmap's stacked state, so that checkpoints are interchangeable), and parameters are replicated.
-Inside, each worker sees its own state in the parameters' shapes, and a gradient that is truly its
-own. :mod:`distlion_jax.train` makes a whole train step of these pieces.
+Inside, each worker sees its own state, and a gradient that is truly its own.
+:mod:`distlion_jax.train` makes a whole train step of these pieces.
 """
 
 from collections.abc import Callable, Sequence
@@ -106,7 +106,8 @@ def _is_shared(path: Sequence[Any], node: Any) -> bool:
     if _is_vote(node) or node.ndim:
         return False
     injected = any(getattr(key, "name", "") == "hyperparams" for key in path)  # Optax's field
-    return injected or not jnp.issubdtype(node.dtype, jnp.inexact)
+    counts = jnp.issubdtype(node.dtype, jnp.integer) or node.dtype == jnp.bool_
+    return injected or counts  # a random key is neither
 
 
 def unstack(state: Any, axis_name: AxisName = "data") -> Any:

@@ -19,7 +19,7 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from distlion_jax import ledger
+from distlion_jax import checks, ledger
 from distlion_jax.dense import all_finite, scale_by_averaged_lion
 from distlion_jax.lion import scale_by_distributed_lion
 from distlion_jax.rules import AxisName, Ballot, Health, Rules, Ties, Transport
@@ -88,6 +88,7 @@ def distributed_lion_by_label(
       >>> print(out["w"][0], jnp.abs(out["norm"][0]))
       [-0.1 -0.1  0.1] [0. 0.]
     """
+    checks.check_axis_name(axis_name)
     vote = functools.partial(
         scale_by_distributed_lion,
         b1,
@@ -105,7 +106,9 @@ def distributed_lion_by_label(
     directions = {
         "majority": vote(aggregation="majority"),
         "average": vote(aggregation="average"),
-        "full": scale_by_averaged_lion(b1, b2, mu_dtype, axis_name=axis_name),
+        "full": scale_by_averaged_lion(
+            b1, b2, mu_dtype, axis_name=axis_name, max_weight=max_weight
+        ),
         "frozen": optax.stateless(lambda g, _: jax.tree.map(_zeros, g)),
     }
 

@@ -8,7 +8,7 @@ value, what is allowed and the way out.
 
 import dataclasses
 import operator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jax.core import Tracer
@@ -20,11 +20,11 @@ Ballot = Literal["binary", "ternary"]
 Health = Literal["off", "total", "leaf"]
 AxisName = str | tuple[str, ...]
 
-AGGREGATIONS: tuple[str, ...] = ("majority", "average")
-TRANSPORTS: tuple[str, ...] = ("auto", "all_gather", "two_phase", "psum")
-TIES: tuple[str, ...] = ("zero", "coin")
-BALLOTS: tuple[str, ...] = ("binary", "ternary")
-HEALTH: tuple[str, ...] = ("off", "total", "leaf")
+AGGREGATIONS: tuple[str, ...] = get_args(Aggregation)
+TRANSPORTS: tuple[str, ...] = get_args(Transport)
+TIES: tuple[str, ...] = get_args(Ties)
+BALLOTS: tuple[str, ...] = get_args(Ballot)
+HEALTH: tuple[str, ...] = get_args(Health)
 
 MAX_WEIGHT = 2**16 - 1
 
@@ -78,6 +78,13 @@ class Rules:
             ) from None
         if not 1 <= value <= MAX_WEIGHT:
             raise ValueError(f"`max_weight` must lie in [1, {MAX_WEIGHT}]; got {value}.")
+
+    def for_workers(self, n: int) -> "Rules":
+        """The rules that n workers follow: one alone has nobody to tell, and its zeros abstain.
+
+        So that n = 1 is Optax's Lion.
+        """
+        return self if n > 1 else dataclasses.replace(self, ballot="ternary")
 
     @property
     def top_weight(self) -> int:

@@ -62,8 +62,8 @@ def _add(columns: list[list[Array]], width: int) -> Planes:
         if len(column) == 2:
             x, y = column
             columns[k], columns[k + 1] = [x ^ y], [*columns[k + 1], x & y]
-    shape = next(x for column in columns for x in column)
-    return tuple(columns[k][0] if columns[k] else jnp.zeros_like(shape) for k in range(width))
+    like = next(x for column in columns for x in column)
+    return tuple(columns[k][0] if columns[k] else jnp.zeros_like(like) for k in range(width))
 
 
 def _sum_bits(ballots: Ballot, bits: Callable[[Ballot], Sequence[Array]], width: int) -> Planes:
@@ -85,7 +85,7 @@ def _sum_bits(ballots: Ballot, bits: Callable[[Ballot], Sequence[Array]], width:
 
     # Two loops: as one, XLA would fuse them and add a chunk anew for each plane of the total.
     sums = jax.lax.map(add_all, jax.tree.map(split, ballots))
-    first, rest = (tuple(x[k] for x in sums) for k in (0, slice(1, None)))
+    first, rest = tuple(x[0] for x in sums), tuple(x[1:] for x in sums)
     return jax.lax.scan(add_two, first, rest)[0]
 
 
@@ -194,8 +194,8 @@ def decode_average(kind: str, voters: Array) -> Callable[..., Array]:
             total = 2 * _number(bits[:half]) - _number(bits[half:])
         else:
             total = _number(bits[:-1]) - (bits[-1] << (len(bits) - 1))
-        # A divisor per coordinate (never 1: no sum exceeds the whole). A scalar one XLA replaces
-        # on some paths by a product with its reciprocal: off by a unit in the last place.
+        # An array that is always `whole` (no sum exceeds it), which XLA cannot know: a scalar it
+        # replaces on some paths by a product with the reciprocal, off by a unit in the last place.
         divisor = jnp.where(total > whole, 1, whole)
         return total.astype(jnp.float32) / divisor.astype(jnp.float32)
 
@@ -220,11 +220,12 @@ def margins(count: Count, real: Array, owner: Array | None, segments: int) -> Ma
         return words.unpack_bits(plane).astype(jnp.int32)
 
     def total(each: Array) -> Array:
-        each = each.sum(axis=-1).astype(jnp.float32)
+        each = each.astype(jnp.float32).sum(axis=-1)  # integers could overflow: 4096 * n * weight
         if owner is None:
             return each.sum(keepdims=True)
         return jax.ops.segment_sum(each.T.reshape(-1), owner.reshape(-1), segments + 1)[:segments]
 
+    # |2p - v|, where p of v votes are +1: as it is above 0, with the sign turned below.
     # One integer a word (or bit) and one sum: XLA then walks the counts once, not once a plane.
     leads = [(weigh(p & above) - weigh(p & below)) << (k + 1) for k, p in enumerate(count.positive)]
     leads += [(weigh(v & below) - weigh(v & above)) << k for k, v in enumerate(count.voters)]

@@ -8,30 +8,23 @@ The pieces are :mod:`distlion_jax.mesh`'s, and can be put together otherwise in 
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from distlion_jax import wire
+from distlion_jax.dense import finite_mean
 from distlion_jax.lion import VoteHealth
 from distlion_jax.mesh import local_value_and_grad, stack, unstack, workers
+from distlion_jax.metrics import Metrics, average, vote_health, votes_of
 from distlion_jax.rules import AxisName, check_choice
 
-Step = Callable[..., tuple[Any, Any, "Metrics"]]
-
-
-class Metrics(NamedTuple):
-    """Figures of one step."""
-
-    loss: Array  # float32[]: mean over the workers that took part (NaN if none did)
-    aux: Any  # tree of float32: the loss function's auxiliary output, averaged likewise
-    health: tuple[VoteHealth, ...]  # of every vote in the transformation; `voted` is bool[n]
+Step = Callable[..., tuple[Any, Any, Metrics]]
 
 
 def check_batch(batch: Any, n: int) -> None:
@@ -58,19 +51,6 @@ def _check_step(batch: Any, state: Any, extra: dict[str, Any], n: int, shards: i
                 )
 
 
-def vote_health(state: Any) -> tuple[VoteHealth, ...]:
-    """The :class:`VoteHealth` of every vote in a transformation's state, in order.
-
-    Examples:
-      >>> from distlion_jax.lion import scale_by_distributed_lion
-      >>> (health,) = vote_health(scale_by_distributed_lion().init({"w": jnp.zeros(3)}))
-      >>> int(health.voters)  # no round was held yet
-      0
-    """
-    is_health = lambda node: isinstance(node, VoteHealth)  # noqa: E731
-    return tuple(x for x in jax.tree.leaves(state, is_leaf=is_health) if is_health(x))
-
-
 def _worker_step(
     loss_fn: Callable[..., Any],
     tx: optax.GradientTransformation,
@@ -83,41 +63,23 @@ def _worker_step(
     tx = optax.with_extra_args_support(tx)
     every = wire.axes(axis) + (wire.axes(mean_axis) if mean_axis else ())
     value_and_grad = local_value_and_grad(loss_fn, every, has_aux)
+    inner = (lambda g: finite_mean(g, mean_axis)) if mean_axis else (lambda g: g)
+    reduce = (lambda g: jax.lax.pmean(g, every)) if gradients == "mean" else inner
 
     def step(params: Any, state: Any, batch: Any, rng: Any, extra: dict[str, Any]) -> Any:
         key = () if rng is None else (jax.random.fold_in(rng, jax.lax.axis_index(every)),)
         value, grads = value_and_grad(params, batch, *key)
         loss, aux = value if has_aux else (value, ())
-        mean_over = every if gradients == "mean" else mean_axis
-        if mean_over:
-            grads = jax.lax.pmean(grads, mean_over)
-        updates, state = tx.update(grads, state, params, **extra)
+        rounds = [vote.count for vote in votes_of(state)]
+        updates, state = tx.update(reduce(grads), state, params, **extra)
         params = optax.apply_updates(params, updates)
-        health = vote_health(state)
-        voted = health[0].voted if health else jnp.bool_(True)
-        return params, state, _average(loss, aux, health, voted, axis, every)
+        entered = jnp.bool_(True)
+        for before, vote in zip(rounds, votes_of(state), strict=True):
+            if vote.health is not None:  # of this step, where a round was held in it
+                entered &= vote.health.voted | (vote.count == before)
+        return params, state, average(loss, aux, vote_health(state), entered, every)
 
     return step
-
-
-def _average(
-    loss: Array, aux: Any, health: Any, voted: Array, axis: AxisName, every: tuple[str, ...]
-) -> Metrics:
-    """Averages the figures over those who voted, in one all-reduce; `voted` stays per worker."""
-    figures = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (loss, aux))
-    masked = jax.tree.map(lambda x: jnp.where(voted, x, 0.0), figures)
-    shared = [(h.tied, h.margin) for h in health]
-    flat, treedef = jax.tree.flatten((masked, shared, voted.astype(jnp.float32)))
-    sizes = np.cumsum([x.size for x in flat])[:-1]
-    total = jax.lax.psum(wire.vary(jnp.concatenate([x.reshape(-1) for x in flat]), every), every)
-    parts = [y.reshape(x.shape) for x, y in zip(flat, jnp.split(total, sizes), strict=True)]
-    (loss, aux), shared, voters = treedef.unflatten(parts)
-    everyone = wire.size(every)
-    share = jax.tree.map(lambda x: x / everyone, shared)
-    present = (voters / (everyone // wire.size(axis))).astype(jnp.int32)
-    loss, aux = jax.tree.map(lambda x: x / voters, (loss, aux))
-    out = [VoteHealth(h.voted[None], present, *s) for h, s in zip(health, share, strict=True)]
-    return Metrics(loss, aux, tuple(out))
 
 
 def _settler(devices: Iterable[Any]) -> Callable[[Any], Any]:
@@ -153,19 +115,20 @@ def make_train_step(
       axis_name: the axis, or axes, that vote.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``; aux is a tree of numbers to average.
       mean_axis_name: fast inner axis, or axes, over which gradients are averaged in full precision
-        before the vote.
+        before the vote, as :func:`distlion_jax.average_gradients` does.
       gradients: ``"local"``, for a vote; ``"mean"`` averages gradients over all axes first, for an
         ordinary optimizer (as ``optax.lion``), whose state is then replicated: plain
         ``tx.init(params)``, through :func:`replicate`.
-      check_vma: JAX's check that what claims to be replicated is.
+      check_vma: JAX's check that what claims to be replicated is. Transformations after the vote
+        that keep arrays (as ``optax.ema``) cannot pass it: their state is stacked per worker.
       donate: reuse the buffers of params and state; the ones passed in cannot be used again.
 
     Returns:
       ``step(params, state, batch, *, rng=None, **extra) -> (params, state, metrics)``. The batch's
       leading axis is split over the workers; ``rng`` is a key, folded with the worker's index;
       each ``extra`` argument (``participating``, ``weight``) is an array of shape [n], one entry a
-      worker. ``metrics`` is :class:`Metrics`. On virtual CPU devices, and only there, the step is
-      waited for.
+      worker. ``step.lower(...)`` takes the same, as a jitted function's. ``metrics`` is
+      :class:`Metrics`. On virtual CPU devices, and only there, the step is waited for.
 
     Raises:
       ValueError: for a batch or state that does not fit the mesh, or an axis it does not have.
@@ -223,7 +186,10 @@ def make_train_step(
         params, state, metrics = jitted(params, state, batch, rng, extra)
         return params, state, settle(metrics)
 
-    step.jitted = jitted  # type: ignore[attr-defined]
+    def lower(params: Any, state: Any, batch: Any, *, rng: Any = None, **extra: Any) -> Any:
+        return jitted.lower(params, state, batch, rng, extra)
+
+    step.lower = lower  # type: ignore[attr-defined]
     return step
 
 

@@ -2,13 +2,14 @@
 """The transports: compositions of wire and tally that turn n ballots into one verdict.
 
 In:  this worker's :class:`~distlion_jax.ballot.Ballot` (differs by worker).
-Out: a :class:`Verdict` (the same on every worker, bit for bit, whatever the transport).
+Out: a :class:`Verdict`: the same on every worker, bit for bit; its planes, voters and weight are
+     also the same whatever the transport (the health figures are, up to the order of a float sum).
 
 * ``all_gather``: every worker receives all ballots and tallies them all (the paper's server,
   at every worker): n-1 bits a parameter; for few workers or where latency rules.
 * ``two_phase``: every worker tallies one n-th of the coordinates and spreads its verdict:
-  about 2 bits a parameter at any n. It scales like a ring all-reduce, being one: a reduce-scatter
-  and an all-gather, of words.
+  2 to 3 bits a parameter for a majority, at any n. It scales like a ring all-reduce, being one:
+  a reduce-scatter and an all-gather, of words.
 * ``psum``: an uncompressed all-reduce of counts: the oracle that the others must equal.
 * ``auto``: the fewest bytes by the ledger.
 """

@@ -138,9 +138,9 @@ def check_bytes(method: Method, batch: Any) -> tuple[bool | None, str]:
     """
     if method.workers == 1:
         return None, f"{method.name}: one worker sends nothing"
-    if not hasattr(method.step, "jitted"):
+    if not hasattr(method.step, "lower"):
         return None, f"{method.name}: ledger not checked (a pmap step hides its compiled program)"
-    lowered = method.step.jitted.lower(method.params, method.state, batch, None, {})
+    lowered = method.step.lower(method.params, method.state, batch)
     found = compiled_collectives(lowered.compile(), method.workers)
     ledger = [*method.cost.collectives, *(method.dense.collectives if method.dense else ())]
     rest = _elements(found)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import distlion_jax as dl
@@ -106,6 +106,17 @@ def unbound():
     return tx.update(PARAMS, tx.init(PARAMS))
 
 
+def not_unstacked():
+    mesh, tx = dl.worker_mesh(N), dl.distributed_lion(0.1)
+
+    def worker(g, state):
+        return tx.update(g, state, g)[0]
+
+    specs = dict(in_specs=(P(), P("data")), out_specs=P("data"))
+    mapped = jax.shard_map(worker, mesh=mesh, check_vma=False, **specs)
+    return jax.eval_shape(mapped, PARAMS, dl.init_state(tx, PARAMS, mesh))
+
+
 def by_label(labels, **options):
     return lambda: dl.distributed_lion_by_label(0.1, labels, **options).init(PARAMS)
 
@@ -152,7 +163,23 @@ CASES = {
     "`max_weight` must lie in [1, 65535]; got 65536.": option(max_weight=2**16),
     "`max_weight` must be a static Python int or None; got 2.5.": option(max_weight=2.5),
     "`max_weight` must be ... got ... static_args=('max_weight',)": injected,
-    "`axis_name` must name at least one axis; got (). Pass None": option(axis_name=()),
+    "`axis_name` must name at least one axis; got (). ... axis_name=None": option(axis_name=()),
+    "`axis_name` must name at least one axis; got None.": lambda: dl.distributed_lion_by_label(
+        0.1, "full", axis_name=None
+    ),
+    "`b1` must lie in [0, 1); got 1.5.": lambda: dl.scale_by_averaged_lion(b1=1.5),
+    "`b2` must lie in [0, 1); got -3.": lambda: dl.scale_by_averaged_lion(b2=-3),
+    "`max_weight` 65535 times 300 workers is more than 2**24": vote(
+        g=jax.tree.map(lambda x: jnp.ones((300, *x.shape[1:])), G), max_weight=2**16 - 1
+    ),
+    "`state` has a worker axis (its count has shape (1,)) ... distlion_jax.unstack": not_unstacked,
+    "`tree['w']` is not replicated": lambda: dl.replicas_agree(
+        {"w": jax.device_put(jnp.arange(8.0), NamedSharding(dl.worker_mesh(8), P("data")))},
+        dl.worker_mesh(8),
+    ),
+    "`compiled` holds no HLO instruction ... it begins 'ROOT": lambda: dl.compiled_collectives(
+        "ROOT add = f32[] add(x, y)", 8
+    ),
     "`steps` must be a static int of at least 0, or None; got -1.": dense(-1),
     "`steps` must be a static int of at least 0, or None; got 1.5.": dense(1.5),
     "`steps` must be a static int of at least 0, or None; got True.": dense(True),

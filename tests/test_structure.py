@@ -29,6 +29,7 @@ ORDER = [
     "dense",
     "policy",
     "mesh",
+    "metrics",
     "train",
     "audit",
     "__init__",

@@ -68,7 +68,7 @@ def compiled_step(mesh, tx, gradients="local"):
     state = abstract(state, mesh, P("data") if local else P(), (N,) if local else ())
     batch = abstract(jax.ShapeDtypeStruct((16 * N, 256), jnp.float32), mesh, P("data"))
     step = dl.make_train_step(loss, tx, mesh, gradients=gradients)
-    return step.jitted.lower(abstract(params, mesh, P()), state, batch, None, {}).compile()
+    return step.lower(abstract(params, mesh, P()), state, batch).compile()
 
 
 def compiled_update(mesh, tx):

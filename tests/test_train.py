@@ -57,10 +57,14 @@ def train(how, tx, data, extra=None, mesh=None, **options):
     for t, batch in enumerate(data):
         params, state, metrics = step(params, state, batch, **({} if extra is None else extra[t]))
         assert dl.replicas_agree(params, mesh) if how != "pmap" else all_rows_equal(params)
-        host = jax.tree.map(np.asarray, (params, state, metrics))
+        host = jax.tree.map(as_numpy, (params, state, metrics))
         first = jax.tree.map(lambda x: x[0], host[0]) if how == "pmap" else host[0]
         history.append((first, *host[1:]))
     return history
+
+
+def as_numpy(x):
+    return x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else np.asarray(x)
 
 
 def all_rows_equal(tree):
@@ -221,3 +225,72 @@ def test_reference_apply_is_the_update():
     want = reference.apply(start, verdict.direction, RATE, 0.5)
     for x, name in zip(want, sorted(TREE), strict=True):
         np.testing.assert_array_equal(got[name], x)
+
+
+def test_weights_reach_every_group():
+    """A worker's say is its weight, also in what is averaged; weight 0 sits out everywhere."""
+    labels = {"vote": "majority", "mean": "average", "full": "full"}
+    tx = optax.chain(
+        dl.average_gradients("data", steps=0, max_weight=300),
+        dl.distributed_lion_by_label(1.0, labels, B1, B2, weight_decay=0.0, max_weight=300),
+    )
+    weight = np.array([100, 200, 1, 0], np.uint8)  # of a dtype in which 300 is 44
+
+    def worker(g, weight):
+        g = {name: g for name in labels}
+        return tx.update(g, tx.init(g), g, weight=weight)[0]
+
+    g = jnp.array([[1.0], [-0.25], [-8.0], [-99.0]])
+    got = jax.vmap(worker, axis_name="data")(g, weight)
+    assert got["vote"].ravel().tolist() == [1.0] * 4  # 100 against 201: down, so up by the rate
+    assert got["mean"].ravel().tolist() == [np.float32(101) / np.float32(301)] * 4
+    assert got["full"].ravel().tolist() == [-1.0] * 4  # 100 - 50 - 8 > 0
+
+    dense = dl.average_gradients("data", max_weight=300)
+    mean = jax.vmap(lambda g, w: dense.update(g, dense.init(g), weight=w)[0], axis_name="data")
+    np.testing.assert_allclose(mean(g, weight).ravel(), [(100 - 50 - 8) / 301] * 4, rtol=1e-6)
+
+
+def test_margin_of_heavy_votes():
+    """Sums of ``4096 * n * max_weight`` do not fit 32 bits."""
+    n, top = 16, 2**16 - 1
+    tx = dl.scale_by_distributed_lion(max_weight=top)
+
+    def worker(g):
+        return tx.update(g, tx.init(g), weight=jnp.int32(top))[1].health
+
+    health = jax.vmap(worker, axis_name="data")(jnp.ones((n, 8192)))
+    np.testing.assert_allclose(health.margin, 1.0, rtol=1e-6)
+    assert not health.tied.any()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_means_are_summed_in_float32(dtype):
+    tx = dl.average_gradients("data")
+    g = jnp.full((N, 4), 30_000.0, dtype)  # their sum is beyond float16
+    got = jax.vmap(lambda g: tx.update(g, tx.init(g))[0], axis_name="data")(g)
+    np.testing.assert_array_equal(got, g)
+
+
+def test_metrics_of_steps_without_a_vote():
+    """``optax.MultiSteps``: the loss is all workers', whoever sat out of the vote before."""
+    data = batches()
+    data[1]["a"][2 * ROWS] = np.nan  # worker 2 is sick when the vote is held
+    tx = optax.MultiSteps(lion(), 2)
+    history = train("shard_map", tx, data)
+    voted = [[True] * N, [i != 2 for i in range(N)]]
+    for t, (_, state, metrics) in enumerate(history):
+        health = metrics.health[0]
+        assert health.voted.tolist() == voted[min(t, 1)]  # of the last vote
+        assert int(health.voters) == [0, N - 1, N - 1][t]
+        assert np.isfinite(metrics.loss)
+        assert state.mini_step.tolist() == [(t + 1) % 2] * N
+
+
+@pytest.mark.parametrize("how", HOW[:2])
+def test_noise_with_its_own_key(how):
+    """A typed random key in the state is no count to be shared."""
+    tx = optax.chain(optax.add_noise(0.0, 1.0, jax.random.key(0)), lion())
+    assert_parameters(
+        train(how, tx, batches()), named(reference_run([means(b) for b in batches()]))
+    )

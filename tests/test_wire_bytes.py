@@ -117,7 +117,7 @@ def compiled_step(tx, n=8, **options):
     averaged = options.get("gradients") == "mean"
     state = dl.replicate(tx.init(params), mesh) if averaged else dl.init_state(tx, params, mesh)
     batch = jnp.ones((2 * n, 64))
-    lowered = step.jitted.lower(dl.replicate(params, mesh), state, batch, None, {})
+    lowered = step.lower(dl.replicate(params, mesh), state, batch)
     return lowered.compile(compiler_options=QUICK)
 
 
