@@ -6,8 +6,9 @@
 
 Stages: cast (blend, pack, presence, finite check), count (tally of n ballots and the verdict, as a
 worker does under each transport), apply (unpack, weight decay, learning rate). No collective runs:
-ballots of other workers are random words; ties take coins, health is off. What they take of a training step is told against the
-gradient of a transformer of about the same size (examples/models.py: needs Flax), in the same run.
+ballots of other workers are random words; ties take coins, health is off. What they take of a
+training step is told against the gradient of a transformer of about the same size
+(examples/models.py: needs Flax), in the same run.
 """
 
 import sys
