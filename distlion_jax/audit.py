@@ -72,10 +72,11 @@ def replicas_agree(tree: Any, mesh: Mesh) -> bool:
       True
     """
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
-        if not x.sharding.is_fully_replicated:
+        sharding = getattr(x, "sharding", None)
+        if sharding is None or not sharding.is_fully_replicated:
             raise ValueError(
-                f"`tree{jax.tree_util.keystr(path)}` is not replicated (it has {x.sharding}): "
-                "there are no replicas of it to compare."
+                f"`tree{jax.tree_util.keystr(path)}` is not replicated over devices (its sharding "
+                f"is {sharding}): there are no replicas of it to compare."
             )
     names = mesh.axis_names
     compare = jax.shard_map(

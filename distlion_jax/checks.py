@@ -17,6 +17,22 @@ from distlion_jax import wire
 from distlion_jax.rules import AxisName, Rules, known
 
 
+def check_decay(b2: ArrayLike, mu_dtype: DTypeLike) -> None:
+    """Raises for a momentum that cannot decay because b2 rounds to 1 in its dtype."""
+    value = known(b2)
+    if value is not None and value.astype(mu_dtype) >= 1:
+        raise ValueError(
+            f"`b2` {value} is 1 in {jnp.dtype(mu_dtype)}: the momentum would never decay. Pass "
+            "mu_dtype=jnp.float32, or a smaller b2."
+        )
+
+
+def in_range(b1: ArrayLike, b2: ArrayLike, threshold: ArrayLike = 0.0) -> Array:
+    """``bool[]``: whether numbers that were traced when they were checked are in range."""
+    b1, b2, threshold = jnp.asarray(b1), jnp.asarray(b2), jnp.asarray(threshold)
+    return (b1 >= 0) & (b1 < 1) & (b2 >= 0) & (b2 < 1) & (threshold >= 0)
+
+
 def check_axis_name(axis_name: AxisName | None) -> None:
     """Raises for an axis name that names no axis."""
     if axis_name is None or not wire.axes(axis_name):
@@ -26,8 +42,8 @@ def check_axis_name(axis_name: AxisName | None) -> None:
         )
 
 
-def check_params(tree: Any, mu_dtype: DTypeLike | None) -> None:
-    """Raises unless the tree has coordinates, all of them real floating-point numbers."""
+def check_params(tree: Any, mu_dtype: DTypeLike | None, b2: ArrayLike) -> None:
+    """Raises unless the tree has coordinates, all of them real, and their momentum can decay."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     if not any(jnp.size(x) for _, x in leaves):
         raise ValueError(
@@ -43,6 +59,7 @@ def check_params(tree: Any, mu_dtype: DTypeLike | None) -> None:
                 "what is not trained out of the parameters, or split complex numbers in two."
             )
         check_mu_dtype(f"{name}: the momentum's dtype", mu_dtype or dtype)
+        check_decay(b2, mu_dtype or dtype)
 
 
 def check_mu_dtype(name: str, dtype: DTypeLike) -> None:
@@ -87,12 +104,22 @@ def check_update(updates: Any, mu: Any, axis_name: AxisName) -> None:
                 "off the "
                 "state (distlion_jax.mesh does), and do not stack gradients."
             )
+        check_mu_dtype(f"the momentum of `{name}`", m.dtype)
+    check_local(updates, axis_name)
+
+
+def check_local(updates: Any, axis_name: AxisName) -> None:
+    """Raises for gradients that JAX knows to be the same on all workers: summed by autodiff."""
+    named = [
+        (f"updates{jax.tree_util.keystr(path)}", x)
+        for path, x in jax.tree_util.tree_leaves_with_path(updates)
+    ]
     if summed := wire.unvarying(named, axis_name):
         raise ValueError(
             f"`{summed[0]}` is the same on all workers of axis {axis_name!r} ({len(summed)} of "
-            f"{len(named)} leaves are): it has been summed over them already, by autodiff of "
-            "replicated parameters under jax.shard_map, so that full-precision gradients crossed "
-            "the network and a vote would be theatre. Differentiate with "
+            f"{len(named)} leaves are): it has been summed over them already, as autodiff of "
+            "replicated parameters does under jax.shard_map, so that full-precision gradients "
+            "crossed the network and a vote would be theatre. Differentiate with "
             "distlion_jax.local_value_and_grad, or with respect to jax.lax.pcast(params, "
             f"{axis_name!r}, to='varying')."
         )

@@ -24,7 +24,7 @@ def _sum(x: Array, keep: Array, weight: Array, axis_name: AxisName) -> Array:
 
 
 def finite_mean(tree: Any, axis_name: AxisName, weight: ArrayLike = 1) -> Any:
-    """Mean over the axis, of those whose numbers are all finite; 0 where nobody's are.
+    """Mean over the axis, of those whose numbers are all finite; NaN where nobody's are.
 
     Args:
       tree: this worker's own arrays.
@@ -33,11 +33,11 @@ def finite_mean(tree: Any, axis_name: AxisName, weight: ArrayLike = 1) -> Any:
     """
     weight = jnp.asarray(weight, jnp.int32)
     take = (weight > 0) & all_finite(tree)
-    whole = jnp.maximum(wire.total(jnp.where(take, weight, 0), axis_name), 1)
+    whole = wire.total(jnp.where(take, weight, 0), axis_name)
 
     def mean(x: Array) -> Array:
         total = _sum(x, take, weight, axis_name)
-        return (total / whole.astype(total.dtype)).astype(x.dtype)
+        return (total / whole.astype(total.dtype)).astype(x.dtype)  # 0 / 0 is NaN
 
     return jax.tree.map(mean, tree)
 
@@ -72,9 +72,10 @@ def average_gradients(
 
     Returns:
       A transformation. The extra arguments of ``update`` are the vote's: ``participating`` (bool
-      scalar) leaves this worker out of the mean, ``weight`` (integer scalar) weighs it; when nobody
-      takes part the mean is 0. With ``steps`` the result differs by worker (as JAX sees it),
-      without it is replicated.
+      scalar) leaves this worker out of the mean, ``weight`` (integer scalar) weighs it. When nobody
+      takes part the mean is NaN, so that a vote on it is not held. With ``steps`` the result
+      differs by worker: one whose own gradient is not finite keeps that, and sits out of the vote
+      too. Without ``steps`` the result is replicated.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -104,22 +105,19 @@ def average_gradients(
     ) -> tuple[optax.Updates, Any]:
         del params, extra_args
         checks.check_weights(rules, wire.size(axis_name))
+        checks.check_local(updates, axis_name)
         mine = checks.effective_weight(rules, participating, weight)
-
-        def mean(g: Any) -> Any:
-            return finite_mean(g, axis_name, mine)
 
         new_state = AverageGradientsState(jnp.asarray(optax.safe_increment(state.count)))
         if steps is None:
-            return mean(updates), new_state
-        local = jax.tree.map(lambda x: wire.vary(x, axis_name), updates)
-        updates = jax.lax.cond(  # the same branch on every worker: count is the same
-            state.count < steps,
-            lambda g: jax.tree.map(lambda x: wire.vary(x, axis_name), mean(g)),
-            lambda g: g,
-            local,
-        )
-        return updates, new_state
+            return finite_mean(updates, axis_name, mine), new_state
+
+        def mean(g: Any) -> Any:
+            mean, healthy = finite_mean(g, axis_name, mine), all_finite(g)
+            return jax.tree.map(lambda x, y: jnp.where(healthy, x, y), mean, g)
+
+        # The same branch on every worker: count is the same.
+        return jax.lax.cond(state.count < steps, mean, lambda g: g, updates), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -163,7 +161,7 @@ def scale_by_averaged_lion(
     rules = Rules(max_weight=max_weight)
 
     def init_fn(params: optax.Params) -> Any:
-        checks.check_params(params, mu_dtype)
+        checks.check_params(params, mu_dtype, b2)
         return ScaleByAveragedLionState(optax.tree.zeros_like(params, dtype=mu_dtype))
 
     def update_fn(
@@ -180,7 +178,7 @@ def scale_by_averaged_lion(
         checks.check_update(updates, state.mu, axis_name)
         mine = checks.effective_weight(rules, participating, weight)
         blend = jax.tree.map(lambda g, m: (1.0 - b1) * g + b1 * m, updates, state.mu)
-        take = (mine > 0) & all_finite(blend)
+        take = (mine > 0) & all_finite(blend) & checks.in_range(b1, b2)
         direction = jax.tree.map(
             lambda c, g: jnp.sign(_sum(c, take, mine, axis_name)).astype(g.dtype), blend, updates
         )

@@ -112,15 +112,15 @@ def scale_by_distributed_lion(
         raise ValueError(
             f"`threshold` {threshold!r} needs ballot='ternary': one bit a parameter cannot abstain."
         )
-    dead_zone = None if threshold is None else known(threshold)
-    if dead_zone is not None and not (dead_zone.ndim == 0 and 0 <= dead_zone < float("inf")):
+    value = None if threshold is None else known(threshold)
+    if value is not None and not (value.ndim == 0 and 0 <= value < float("inf")):
         raise ValueError(f"`threshold` must be a finite number of at least 0; got {threshold!r}.")
     if axis_name is None:
         return optax.with_extra_args_support(optax.scale_by_lion(b1, b2, mu_dtype))
     checks.check_axis_name(axis_name)
 
     def init_fn(params: optax.Params) -> Any:
-        checks.check_params(params, mu_dtype)
+        checks.check_params(params, mu_dtype, b2)
         mu = optax.tree.zeros_like(params, dtype=mu_dtype)
         start = _no_health(rules, len(jax.tree.leaves(params)))
         return ScaleByDistributedLionState(jnp.zeros([], jnp.int32), mu, start)
@@ -144,14 +144,16 @@ def scale_by_distributed_lion(
         gradients, treedef = jax.tree.flatten(updates)
         mu = treedef.flatten_up_to(state.mu)
         layout = Layout([x.shape for x in gradients])
+        dead_zone = 0.0 if threshold is None else threshold
+        mine = checks.effective_weight(rules, participating, weight)
         mine = ballots.cast(
             layout,
             gradients,
             [m.reshape(g.shape) for g, m in zip(gradients, mu, strict=True)],
             local,
             b1,
-            0.0 if threshold is None else threshold,
-            checks.effective_weight(rules, participating, weight),
+            dead_zone,
+            jnp.where(checks.in_range(b1, b2, dead_zone), mine, 0),
             state.count,
             jax.lax.axis_index(axis_name),
         )
@@ -216,7 +218,8 @@ def distributed_lion(
     ``update`` takes two extra arguments, each this worker's own scalar: ``participating`` (bool),
     False sits the round out (abstains everywhere, momentum stays); ``weight`` (integer, needs
     ``max_weight``), its say, as in proportion to its batch; 0 sits out, and so does a traced weight
-    that is not in [0, max_weight]. A worker with a non-finite blend sits out too.
+    that is not in [0, max_weight]. A worker with a non-finite blend sits out too, and all do while
+    ``b1``, ``b2`` or ``threshold`` is a traced number (``optax.inject_hyperparams``) out of range.
 
     Args:
       learning_rate: step size or schedule; start majority at Lion's, 3-10 times below AdamW's.

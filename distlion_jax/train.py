@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from distlion_jax import wire
-from distlion_jax.dense import finite_mean
-from distlion_jax.lion import VoteHealth
+from distlion_jax.dense import AverageGradientsState, ScaleByAveragedLionState, finite_mean
+from distlion_jax.lion import ScaleByDistributedLionState, VoteHealth
 from distlion_jax.mesh import local_value_and_grad, stack, unstack, workers
 from distlion_jax.metrics import Metrics, average, vote_health, votes_of
 from distlion_jax.rules import AxisName, check_choice
@@ -28,9 +28,16 @@ Step = Callable[..., tuple[Any, Any, Metrics]]
 
 
 def check_batch(batch: Any, n: int) -> None:
-    """Raises unless every leaf's leading axis divides over n workers."""
+    """Raises unless every leaf has as many rows as the first, and n workers can share them."""
+    first = None
     for path, x in jax.tree_util.tree_leaves_with_path(batch):
         rows = np.shape(x)[0] if np.ndim(x) else 0
+        first = rows if first is None else first
+        if rows != first:
+            raise ValueError(
+                f"`batch{jax.tree_util.keystr(path)}` has {rows} rows, the leaves before it "
+                f"{first}: they are not of the same examples."
+            )
         if rows == 0 or rows % n:
             raise ValueError(
                 f"`batch{jax.tree_util.keystr(path)}` has {rows} rows, which {n} workers cannot "
@@ -49,6 +56,18 @@ def _check_step(batch: Any, state: Any, extra: dict[str, Any], n: int, shards: i
                     f"of {n}, one entry a worker, was expected. Make states with init_state for "
                     "this mesh."
                 )
+
+
+def _check_exchange(state: Any) -> None:
+    """Raises for a transformation that sends nothing, where JAX would not see replicas part."""
+    kinds = (ScaleByDistributedLionState, ScaleByAveragedLionState, AverageGradientsState)
+    is_ours = lambda node: isinstance(node, kinds)  # noqa: E731
+    if not any(map(is_ours, jax.tree.leaves(state, is_leaf=is_ours))):
+        raise ValueError(
+            "`tx` holds no vote and no average over the workers: each would go its own way on its "
+            "local gradient, in silence. Use distributed_lion, put average_gradients before it, or "
+            "use make_train_step with gradients='mean' (or with check_vma=True, where JAX checks)."
+        )
 
 
 def _worker_step(
@@ -72,7 +91,14 @@ def _worker_step(
         loss, aux = value if has_aux else (value, ())
         rounds = [vote.count for vote in votes_of(state)]
         updates, state = tx.update(reduce(grads), state, params, **extra)
-        params = optax.apply_updates(params, updates)
+        shapes, params = jax.tree.map(jnp.shape, params), optax.apply_updates(params, updates)
+        if jax.tree.map(jnp.shape, params) != shapes:
+            raise ValueError(
+                f"`params` would change shape in the step, from {shapes} to "
+                f"{jax.tree.map(jnp.shape, params)}: the state does not fit it. It is "
+                "init_state(tx, params, mesh) for local gradients, and tx.init(params), "
+                "replicated, for gradients='mean'."
+            )
         entered = jnp.bool_(True)
         for before, vote in zip(rounds, votes_of(state), strict=True):
             if vote.health is not None:  # of this step, where a round was held in it
@@ -183,6 +209,10 @@ def make_train_step(
 
     def step(params: Any, state: Any, batch: Any, *, rng: Any = None, **extra: Any) -> Any:
         _check_step(batch, state if stacked else (), extra, n, shards)
+        if extra and not stacked:
+            raise ValueError(f"`{next(iter(extra))}` is for a vote; gradients='mean' takes all.")
+        if stacked and n > 1 and not check_vma:
+            _check_exchange(state)
         params, state, metrics = jitted(params, state, batch, rng, extra)
         return params, state, settle(metrics)
 
@@ -241,6 +271,8 @@ def make_pmap_train_step(
 
     def step(params: Any, state: Any, batch: Any, *, rng: Any = None, **extra: Any) -> Any:
         _check_step(batch, (params, state), extra, n, n)
+        if n > 1:
+            _check_exchange(state)
         batch = jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch)
         params, state, metrics = mapped(params, state, batch, rng, extra)
         settle(metrics)

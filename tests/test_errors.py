@@ -34,17 +34,28 @@ def option(learning_rate=0.1, **options):
     return lambda: dl.distributed_lion(learning_rate, **options)
 
 
-def init(*leaves):
-    return lambda: dl.scale_by_distributed_lion().init(list(leaves))
+def init(*leaves, **options):
+    return lambda: dl.scale_by_distributed_lion(**options).init(list(leaves))
 
 
-def vote(tx=None, g=G, params=PARAMS, state_of=PARAMS, arrays=None, static=None, **options):
+def vote(
+    tx=None,
+    g=G,
+    params=PARAMS,
+    state_of=PARAMS,
+    arrays=None,
+    static=None,
+    momentum=None,
+    **options,
+):
     """Traces a round; of its extra arguments ``arrays`` have an entry for each worker."""
     arrays, static = arrays or {}, static or {}
 
     def call():
         optimizer = optax.with_extra_args_support(tx or dl.scale_by_distributed_lion(**options))
         state = optimizer.init(state_of)
+        if momentum is not None:  # as a lossy checkpoint would leave it
+            state = state._replace(mu=jax.tree.map(lambda m: m.astype(momentum), state.mu))
 
         def worker(g, arrays):
             return optimizer.update(g, state, params, **arrays, **static)
@@ -54,11 +65,11 @@ def vote(tx=None, g=G, params=PARAMS, state_of=PARAMS, arrays=None, static=None,
     return call
 
 
-def step(batch=BATCH, state_workers=8, options=None, **extra):
+def step(batch=BATCH, state_workers=8, options=None, tx=None, **extra):
     """A step of 8 workers on a mesh."""
+    tx = tx or dl.distributed_lion(0.1)
 
     def call():
-        tx = dl.distributed_lion(0.1)
         state = dl.init_state(tx, PARAMS, dl.worker_mesh(state_workers))
         run_step = dl.make_train_step(loss, tx, dl.worker_mesh(8), **(options or {}))
         return run_step(PARAMS, state, batch, **extra)
@@ -66,9 +77,10 @@ def step(batch=BATCH, state_workers=8, options=None, **extra):
     return call
 
 
-def pmap_step(batch=BATCH, state_workers=8):
+def pmap_step(batch=BATCH, state_workers=8, tx=None):
+    tx = tx or dl.distributed_lion(0.1)
+
     def call():
-        tx = dl.distributed_lion(0.1)
         state = dl.pmap_replicate(tx.init(PARAMS), jax.devices()[:state_workers])
         return dl.make_pmap_train_step(loss, tx)(dl.pmap_replicate(PARAMS), state, batch)
 
@@ -85,6 +97,12 @@ def summed_gradients():
     tx = dl.scale_by_distributed_lion()
     grad = jax.grad(loss)
     return on_mesh(lambda x, batch: tx.update(grad(x, batch), tx.init(x))[0], PARAMS, BATCH)
+
+
+def summed_then_averaged():
+    tx = dl.average_gradients("data", steps=1)
+    grad = jax.grad(lambda b, x: jnp.sum(b) * x.sum())
+    return on_mesh(lambda b, x: tx.update(grad(b, x), tx.init(b))[0], PARAMS["b"], BATCH)
 
 
 def state_of_eight_on_four():
@@ -173,7 +191,7 @@ CASES = {
         g=jax.tree.map(lambda x: jnp.ones((300, *x.shape[1:])), G), max_weight=2**16 - 1
     ),
     "`state` has a worker axis (its count has shape (1,)) ... distlion_jax.unstack": not_unstacked,
-    "`tree['w']` is not replicated": lambda: dl.replicas_agree(
+    "`tree['w']` is not replicated over devices": lambda: dl.replicas_agree(
         {"w": jax.device_put(jnp.arange(8.0), NamedSharding(dl.worker_mesh(8), P("data")))},
         dl.worker_mesh(8),
     ),
@@ -233,6 +251,26 @@ CASES = {
     ),
     "`batch` has 0 rows": step(jnp.float32(1)),
     "`batch` has 12 rows, which 8 workers cannot share": pmap_step(BATCH[:12]),
+    "`batch['y']` has 8 rows, the leaves before it 16": step({"x": BATCH, "y": BATCH[:8]}),
+    "`updates` is the same on all workers of axis 'data' (1 of 1 leaves": summed_then_averaged,
+    "`tx` holds no vote and no average ... gradients='mean'": step(
+        options={"check_vma": False}, tx=optax.lion(0.1)
+    ),
+    "`tx` holds no vote and no average ... put average_gradients before": pmap_step(
+        tx=optax.lion(0.1)
+    ),
+    "`participating` is for a vote; gradients='mean' takes all.": step(
+        options={"gradients": "mean"}, participating=jnp.ones(8, bool)
+    ),
+    "`params` would change shape in the step, from ... init_state(tx, params, mesh)": step(
+        options={"gradients": "mean"}, tx=optax.trace(0.9)
+    ),
+    "the momentum of `updates['b']` must be float32 or bfloat16; got float16.": vote(
+        momentum=jnp.float16
+    ),
+    "`b2` 0.999 is 1 in bfloat16: the momentum would never decay.": init(
+        jnp.ones(3), b2=0.999, mu_dtype=jnp.bfloat16
+    ),
     # Who takes part
     "`participating` must be a bool scalar ... got float32[].": vote(
         arrays={"participating": floats}

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import distlion_jax as dl
 from distlion_jax import reference
@@ -127,18 +128,55 @@ def test_dense_warm_up_then_votes(how):
 
 
 @pytest.mark.parametrize("how", HOW[:2])
-@pytest.mark.parametrize("inside", ["mean_axis_name", "average_gradients"])
-def test_nodes_average_inside_and_vote_across(how, inside):
-    """A fast inner axis: two nodes of four chips are two workers that see their nodes' means."""
+@pytest.mark.parametrize("sick", [None, 1, 4])
+def test_nodes_average_inside_and_vote_across(how, sick):
+    """A fast inner axis: two nodes of four chips are two workers that see their nodes' means.
+
+    Sick chips are left out of the mean; a node of none but sick chips sits out.
+    """
     mesh = jax.make_mesh((2, 4), ("node", "chip"), (AxisType.Auto,) * 2)
     options = {"axis_name": "node", "mean_axis_name": "chip"}
-    tx = lion(axis_name="node")
-    if inside == "average_gradients":  # the same mean twice is one mean
-        tx = optax.chain(dl.average_gradients("chip"), tx)
-    history = train(how, tx, batches(), mesh=mesh, **options)
-    want = reference_run([means(b, 2) for b in batches()], n=2)
+    data = batches()
+    grads = [means(b, 2) for b in data]
+    if sick:
+        data[1]["a"][: ROWS * sick] = np.nan  # of the chips of the first node
+        for name, rows in data[1].items():
+            well = rows[ROWS * sick : ROWS * 4]
+            grads[1][name][0] = well.mean(0, dtype=np.float32) if len(well) else np.nan
+    history = train(how, lion(axis_name="node"), data, mesh=mesh, **options)
+    if sick == 1:  # a mean of three is not exact: the votes may differ in the last place
+        assert [h[2].health[0].voters for h in history] == [2] * STEPS
+        return
+    want = reference_run(grads, n=2)
     assert_parameters(history, named(want))
-    assert [h[2].health[0].voters for h in history] == [2] * STEPS
+    assert [int(h[2].health[0].voters) for h in history] == [2, 1 if sick else 2, 2]
+
+
+def test_average_gradients_over_an_inner_axis():
+    """The same in a mapped function of one's own, as a transformation before the vote."""
+    mesh = jax.make_mesh((2, 4), ("node", "chip"), (AxisType.Auto,) * 2)
+    tx = optax.chain(dl.average_gradients("chip"), lion(axis_name="node"))
+    params, both = shapes_to_params(TREE), P(("node", "chip"))
+
+    def worker(batch):
+        g = jax.tree.map(lambda x: x.mean(0), batch)
+        return tx.update(g, tx.init(params), params)[0]
+
+    mapped = jax.shard_map(worker, mesh=mesh, in_specs=both, out_specs=P())
+    updates = jax.tree.map(np.asarray, jax.jit(mapped)(batches()[0]))
+    want = reference_run([means(batches()[0], 2)], n=2)
+    assert_parameters([(updates,)], named(want))
+
+
+def test_a_sick_worker_sits_out_of_the_warm_up_too():
+    data = batches()
+    data[0]["a"][2 * ROWS] = np.nan
+    tx = optax.chain(dl.average_gradients("data", steps=2), lion())
+    history = train("shard_map", tx, data)
+    assert [int(h[2].health[0].voters) for h in history] == [N - 1, N, N]
+    assert not history[0][2].health[0].voted[2]
+    assert not history[0][1][1][0].mu["flat"][2].any()  # its momentum stays
+    assert np.isfinite(history[0][2].loss)
 
 
 LABELS = {"a": "full", "flat": "average", "rows": "majority", "scalar": "frozen"}
@@ -270,6 +308,26 @@ def test_means_are_summed_in_float32(dtype):
     g = jnp.full((N, 4), 30_000.0, dtype)  # their sum is beyond float16
     got = jax.vmap(lambda g: tx.update(g, tx.init(g))[0], axis_name="data")(g)
     np.testing.assert_array_equal(got, g)
+
+
+@pytest.mark.parametrize(
+    "number", [{"b1": 1.5}, {"b2": -0.1}, {"b2": 1.0}, {"threshold": -1.0}, {"threshold": np.nan}]
+)
+def test_traced_numbers_out_of_range_stop_the_vote(number):
+    options = dict({"b1": B1, "b2": B2, "threshold": 0.0}, **number)
+
+    def worker(g, options):
+        tx = dl.scale_by_distributed_lion(ballot="ternary", **options)
+        direction, state = tx.update(g, tx.init(g))
+        return direction, state.mu, state.health.voters
+
+    mapped = jax.jit(jax.vmap(worker, axis_name="data", in_axes=(0, None)))
+    direction, mu, voters = mapped(jnp.ones((N, 5)), options)
+    assert not direction.any()
+    assert not mu.any()
+    assert not voters.any()
+    *_, voters = mapped(jnp.ones((N, 5)), {"b1": B1, "b2": B2, "threshold": 0.0})
+    assert (voters == N).all()
 
 
 def test_metrics_of_steps_without_a_vote():
