@@ -64,6 +64,15 @@ class Config:
     corpus: Path
     images_dir: Path | None
     out: Path
+    distributed: bool  # JAX finds the other processes
+    coordinator: str | None
+    processes: int | None
+    process: int | None
+
+    @property
+    def several(self) -> bool:
+        """Whether this is one of several processes."""
+        return self.distributed or self.coordinator is not None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -245,6 +254,21 @@ def _add_files(add: Add) -> None:
     )
 
 
+def _add_processes(add: Add) -> None:
+    add(
+        "--distributed",
+        action="store_true",
+        help="one of several processes that JAX finds by itself: SLURM, Kubernetes, Cloud TPU",
+    )
+    add(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="one of several processes: where process 0 can be reached (launch.py sets all three)",
+    )
+    _whole_option(add, "--processes", 1, "how many processes there are")
+    _whole_option(add, "--process", 0, "which one this is, from 0")
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = _Parser(
@@ -258,18 +282,27 @@ def make_parser() -> argparse.ArgumentParser:
     _add_optimizers(parser.add_argument_group("optimizers").add_argument)
     _add_vote(parser.add_argument_group("vote of majority and average").add_argument)
     _add_files(parser.add_argument_group("data and results").add_argument)
+    _add_processes(parser.add_argument_group("several processes").add_argument)
     return parser
 
 
 def parse(argv: list[str] | None = None) -> Config:
     """The configuration that the command line asks for; exits with code 2 on a bad one."""
-    given = vars(make_parser().parse_args(argv))
+    parser = make_parser()
+    given = vars(parser.parse_args(argv))
     task = given["task"]
+    where = [given[name] is None for name in ("coordinator", "processes", "process")]
+    if any(where) and not all(where):
+        parser.error("--coordinator, --processes and --process go together")
+    if given["distributed"] and not all(where):
+        parser.error("--distributed finds the processes itself: leave --coordinator out")
+    if (given["distributed"] or not all(where)) and given["mode"] == "pmap":
+        parser.error("--mode pmap runs in one process; several need shard_map")
     defaults = {
         **PRESETS[task],
         **(QUICK[task] if given["quick"] else {}),
         "out": Path("runs", task),
     }
     chosen = {name: value for name, value in given.items() if value is not None}
-    blank = {"workers": None, "images_dir": None}
+    blank = dict.fromkeys(("workers", "images_dir", "coordinator", "processes", "process"))
     return Config(**{**blank, **defaults, **chosen})

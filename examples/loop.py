@@ -6,23 +6,27 @@ In: a :class:`config.Config` and its data. Out: a :class:`Comparison`, for repor
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from config import CPU_WORKERS, Config, UsageError
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from methods import Method, check_bytes, make_method
 from models import initial_params, make_evaluation, make_loss, make_model
 from sources import Data
 from tqdm import tqdm
 
-from distlion_jax import vote_health, worker_mesh
+import distlion_jax
+from distlion_jax import join, vote_health, worker_mesh
 
 # Steps that a method takes before it is the next one's turn.
 TURN = 8
@@ -70,6 +74,13 @@ class Stop:
     asked: bool = False
 
 
+def agreed(stop: Stop) -> bool:
+    """Whether Ctrl-C was pressed in any process: all must stop after the same step."""
+    if jax.process_count() > 1:
+        stop.asked = bool(multihost_utils.process_allgather(np.array(stop.asked)).any())
+    return stop.asked
+
+
 @contextlib.contextmanager
 def until_interrupted() -> Iterator[Stop]:
     """Turns the first Ctrl-C into a request that the loop sees between steps; a second one is real.
@@ -89,15 +100,34 @@ def until_interrupted() -> Iterator[Stop]:
         signal.signal(signal.SIGINT, before)
 
 
-def make_mesh(workers: int | None) -> Mesh:
+def find_others(config: Config) -> None:
+    """Joins the other processes, if there are any; all must run the same code and options."""
+    if not config.several:
+        return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    same = dataclasses.replace(config, process=None, coordinator=None)
+    folders = (Path(__file__).parent, Path(distlion_jax.__file__).parent)
+    code = b"".join(path.read_bytes() for folder in folders for path in sorted(folder.glob("*.py")))
+    program = hashlib.sha256(code + repr(same).encode()).hexdigest()[:16]
+    try:
+        join(config.coordinator, config.processes, config.process, program=program)
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(str(error)) from error
+
+
+def make_mesh(config: Config) -> Mesh:
     """A mesh of real devices, or of virtual ones where there is only a CPU; call it first."""
+    workers, processes = config.workers, config.processes or 1
+    if (workers or CPU_WORKERS) % processes:
+        raise UsageError(f"{processes} processes cannot share {workers or CPU_WORKERS} workers")
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", workers or CPU_WORKERS)
+        jax.config.update("jax_num_cpu_devices", (workers or CPU_WORKERS) // processes)
+    find_others(config)
     try:
         devices = jax.devices()
     except RuntimeError as error:  # JAX_PLATFORMS names what is not there
         raise UsageError(str(error).splitlines()[0]) from error
-    if workers is None and devices[0].platform == "cpu":
+    if workers is None and devices[0].platform == "cpu" and not config.distributed:
         workers = CPU_WORKERS
     workers = workers or len(devices)
     if workers > len(devices):
@@ -115,8 +145,15 @@ def health_of(state: Any) -> dict[str, float] | None:
     votes = vote_health(state)
     if not votes:
         return None
-    tied, margin = (float(np.ravel(x)[0]) for x in (votes[0].tied, votes[0].margin))
+    here = [x.addressable_shards[0].data for x in (votes[0].tied, votes[0].margin)]
+    tied, margin = (float(np.ravel(x)[0]) for x in here)
     return {"tied": tied, "margin": margin}
+
+
+def say(text: str) -> None:
+    """Prints, in one of several processes only."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
 
 class Training:
@@ -142,7 +179,7 @@ class Training:
         """Says whether the ledger's bytes are those of the compiled step."""
         batch = self.data.draw(np.random.default_rng(0), self.rows)
         self.run.ledger_agrees, line = check_bytes(self.method, self.method.place(batch))
-        print(line, flush=True)
+        say(line)
 
     def advance(self, until: int) -> None:
         """Trains until so many steps are done, and waits for them."""
@@ -194,8 +231,9 @@ def train(trainings: list[Training], config: Config, stop: Stop) -> list[Run]:
         training.check()
         training.look()
     done = 0
-    with tqdm(total=config.steps, unit="step", dynamic_ncols=True) as bar:
-        while done < config.steps and not stop.asked:
+    quiet = jax.process_index() != 0
+    with tqdm(total=config.steps, unit="step", dynamic_ncols=True, disable=quiet) as bar:
+        while done < config.steps and not agreed(stop):
             stops = [(done // k + 1) * k for k in (TURN, config.eval_every)]
             done = min(*stops, config.steps) if done else 1
             for training in trainings:
@@ -210,15 +248,16 @@ def train(trainings: list[Training], config: Config, stop: Stop) -> list[Run]:
 
 def compare(config: Config, data: Data) -> Comparison:
     """Trains with every method, from the same weights and on the same batches."""
-    mesh = make_mesh(config.workers)
+    mesh = make_mesh(config)
     model = make_model(config.task, data)
     loss = make_loss(model)
     params = jax.device_get(initial_params(model, data, config.seed))
     device = mesh.devices.flat[0]
     kind = f"{device.platform} ({device.device_kind})"
     parameters = sum(x.size for x in jax.tree.leaves(params))
-    print(f"data: {data.description}")
-    print(f"{parameters:,} parameters, {mesh.size} workers on {kind}", flush=True)
+    say(f"data: {data.description}")
+    where = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    say(f"{parameters:,} parameters, {mesh.size} workers on {kind}{where}")
     methods = [make_method(name, config, loss, params, mesh) for name in config.methods]
     evaluate = make_evaluation(model, data.held_out, mesh, rows=32)
     with until_interrupted() as stop:

@@ -10,13 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from config import Config
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from models import spread
 
 from distlion_jax import (
     Collective,
@@ -118,7 +118,7 @@ def make_method(
     else:
         step = make_train_step(loss_fn, tx, mesh, gradients="local" if votes else "mean")
         state = init_state(tx, params, mesh) if votes else replicate(tx.init(params), mesh)
-        params, place = replicate(params, mesh), lambda batch: jax.device_put(batch, by_worker)
+        params, place = replicate(params, mesh), lambda batch: spread(batch, by_worker)
     return Method(name, workers, step, params, state, place, cost, dense, dense_steps)
 
 

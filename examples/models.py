@@ -99,6 +99,13 @@ def make_loss(model: nn.Module) -> Callable[[Any, Any], Array]:
     return loss
 
 
+def spread(batch: Any, sharding: NamedSharding) -> Any:
+    """A batch that every process holds whole, as one array over the devices of all."""
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), batch
+    )
+
+
 def make_evaluation(
     model: nn.Module, held_out: Batch, mesh: Mesh, rows: int
 ) -> Callable[[Any], tuple[float, float]]:
@@ -117,7 +124,7 @@ def make_evaluation(
         weight = (index < len(held_out["y"])).astype(np.float32)
         index = np.minimum(index, len(held_out["y"]) - 1)
         piece = {k: v[index] for k, v in held_out.items()} | {"weight": weight}
-        pieces.append(jax.device_put(piece, by_worker))
+        pieces.append(spread(piece, by_worker))
 
     @jax.jit
     def totals(params: Any, batch: Any) -> Array:

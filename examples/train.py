@@ -37,8 +37,9 @@ def run(config: Config) -> int:
     import report
 
     comparison = loop.compare(config, data)
-    print("\n" + report.write(config, comparison))
-    print(f"\n{config.out}: results.md, results.json, loss.png")
+    if not config.process:  # of several processes the first reports
+        print("\n" + report.write(config, comparison))
+        print(f"\n{config.out}: results.md, results.json, loss.png")
     return 130 if comparison.interrupted else 0
 
 

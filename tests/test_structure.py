@@ -32,6 +32,7 @@ ORDER = [
     "metrics",
     "train",
     "audit",
+    "rendezvous",
     "__init__",
 ]
 OUTSIDE = {"jax", "jaxlib", "numpy", "optax"}
