@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One process of network.py: trains with every method in turn, and notes seconds and bytes.
+
+It is started by network.py with one argument, a JSON object; writes its own rows to a file.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+if __name__ == "__main__":  # before anything of JAX runs
+    TASK = json.loads(sys.argv[1])
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 1)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+
+import jax.numpy as jnp
+import netns
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import PartitionSpec as P
+
+import distlion_jax as dl
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+from models import Transformer, make_loss, spread
+
+LR, WD = 1e-4, 0.1
+MATRICES, SIDE = 24, 1024  # 25.2 M parameters, where only update and exchange are timed
+CONTEXT, SEQUENCES, CHARACTERS = 64, 4, 84
+
+
+class Method(NamedTuple):
+    """An optimizer, what happens to gradients before it, and what the ledger says it receives."""
+
+    tx: optax.GradientTransformation
+    reduce: Callable[[Any], Any]
+    cost: Callable[[Any, int], dl.WireCost | None]
+    votes: bool
+
+
+def _mean(dtype: Any) -> Callable[[Any], Any]:
+    def mean(g: Any) -> Any:
+        return jax.tree.map(lambda x: jax.lax.pmean(x.astype(dtype), "data").astype(x.dtype), g)
+
+    return mean
+
+
+def _vote(**options: Any) -> Method:
+    tx = dl.distributed_lion(LR, weight_decay=WD, **options)
+    return Method(tx, lambda g: g, lambda tree, n: dl.wire_cost(tree, n, **options), votes=True)
+
+
+def _dense(dtype: Any) -> Method:
+    # gloo has no bfloat16 and sends float32 instead: the counters show it.
+    name = {jnp.float32: "f32", jnp.bfloat16: "bf16"}[dtype]
+    tx = optax.lion(LR, weight_decay=WD)
+    cost = lambda tree, n: dl.full_precision_cost(tree, n, name)  # noqa: E731
+    return Method(tx, _mean(dtype), cost, votes=False)
+
+
+METHODS = {
+    "local": lambda: Method(
+        optax.lion(LR, weight_decay=WD), lambda g: g, lambda tree, n: None, votes=True
+    ),
+    "lion fp32": lambda: _dense(jnp.float32),
+    "lion bf16": lambda: _dense(jnp.bfloat16),
+    "majority": lambda: _vote(transport="auto"),
+    "majority, coin": lambda: _vote(ties="coin", transport="auto"),
+    "majority, all_gather": lambda: _vote(ties="coin", transport="all_gather"),
+    "average": lambda: _vote(aggregation="average", transport="auto"),
+}
+
+
+def workload(name: str, mesh: Any) -> tuple[Any, Any, Callable[[Any, Any], Any]]:
+    """Parameters, a batch, and the worker's gradient of both."""
+    n, sharding = mesh.size, jax.sharding.NamedSharding(mesh, P("data"))
+    rng = np.random.default_rng(0)
+    if name == "exchange":
+        params = {f"w{i}": np.zeros((SIDE, SIDE), np.float32) for i in range(MATRICES)}
+        mine = {k: rng.standard_normal((1, SIDE, SIDE), np.float32) for k in params}
+        shape = (n, SIDE, SIDE)
+        batch = {
+            k: jax.make_array_from_callback(shape, sharding, lambda _, x=x: x)
+            for k, x in mine.items()
+        }
+        return params, batch, lambda params, batch: jax.tree.map(lambda x: x[0], batch)
+    width, layers = {"small": (128, 2), "large": (512, 8)}[name]
+    model = Transformer(CHARACTERS, layers, width)
+    text = rng.integers(0, CHARACTERS, (n * SEQUENCES, CONTEXT + 1), np.int32)
+    batch = spread({"x": text[:, :-1], "y": text[:, 1:]}, sharding)
+    params = jax.jit(model.init)(jax.random.key(0), text[:1, :-1])["params"]
+    gradient = dl.local_value_and_grad(make_loss(model))
+    return jax.device_get(params), batch, lambda params, batch: gradient(params, batch)[1]
+
+
+def make_step(method: Method, gradient: Callable[[Any, Any], Any], mesh: Any) -> Any:
+    """The jitted step, buffers donated; the state of a vote is stacked."""
+
+    def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+        state = dl.unstack(state) if method.votes else state
+        g = method.reduce(gradient(params, batch))
+        updates, state = method.tx.update(g, state, params)
+        return optax.apply_updates(params, updates), dl.stack(state) if method.votes else state
+
+    by_state = P("data") if method.votes else P()
+    specs = dict(in_specs=(P(), by_state, P("data")), out_specs=(P(), by_state))
+    mapped = jax.shard_map(step, mesh=mesh, check_vma=False, **specs)  # type: ignore[arg-type]
+    return jax.jit(mapped, donate_argnums=(0, 1))
+
+
+def prepare(name: str, params: Any, gradient: Any, mesh: Any) -> tuple[Any, Any, Any]:
+    """Step, parameters and state of one method."""
+    method = METHODS[name]()
+    step = make_step(method, gradient, mesh)
+    if method.votes:
+        state = dl.init_state(method.tx, params, mesh)
+    else:
+        state = dl.replicate(method.tx.init(params), mesh)
+    return step, dl.replicate(params, mesh), state
+
+
+def measure(task: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of seconds and bytes, one a method; the methods alternate within each round."""
+    mesh = dl.worker_mesh()
+    params, batch, gradient = workload(task["workload"], mesh)
+    ready = {name: prepare(name, params, gradient, mesh) for name in task["methods"]}
+    rows = {name: {"method": name, "seconds": [], "received": [], "sent": []} for name in ready}
+    began, done = time.monotonic(), 0
+    while done < task["rounds"] + 1:
+        for name, (step, params, state) in ready.items():
+            multihost_utils.sync_global_devices(name)
+            before, start = netns.counters(task["interface"]), time.perf_counter()
+            params, state = jax.block_until_ready(step(params, state, batch))
+            seconds, after = time.perf_counter() - start, netns.counters(task["interface"])
+            ready[name] = step, params, state
+            if done:  # the first round compiles
+                rows[name]["seconds"].append(seconds)
+                rows[name]["received"].append(after[0] - before[0])
+                rows[name]["sent"].append(after[1] - before[1])
+        done += 1
+        late = time.monotonic() - began > task["budget"] and done > 3
+        if multihost_utils.process_allgather(np.array(late)).any():
+            break
+    for name, row in rows.items():
+        cost = METHODS[name]().cost(params, mesh.size)
+        row["predicted"] = cost.bytes_received if cost else 0
+        row["transport"] = cost.transport if cost else ""
+        row["parameters"] = sum(x.size for x in jax.tree.leaves(params))
+    return list(rows.values())
+
+
+def main() -> int:
+    """Joins the others, measures, writes."""
+    n, i = TASK["processes"], TASK["process"]
+    dl.join(TASK["coordinator"], n, i, program=json.dumps(TASK["methods"]), timeout=60)
+    Path(TASK["out"]).write_text(json.dumps(measure(TASK)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
