@@ -65,6 +65,7 @@ class Comparison:
     parameters: int
     runs: list[Run]
     interrupted: bool
+    reports: bool  # one of several processes does
 
 
 @dataclasses.dataclass
@@ -112,7 +113,8 @@ def find_others(config: Config) -> None:
     try:
         join(config.coordinator, config.processes, config.process, program=program)
     except (RuntimeError, ValueError) as error:
-        raise UsageError(str(error)) from error
+        hint = "JAX finds no other processes here: " if config.distributed else ""
+        raise UsageError(f"{hint}{str(error).splitlines()[0]}") from error
 
 
 def make_mesh(config: Config) -> Mesh:
@@ -262,4 +264,6 @@ def compare(config: Config, data: Data) -> Comparison:
     evaluate = make_evaluation(model, data.held_out, mesh, rows=32)
     with until_interrupted() as stop:
         runs = train([Training(m, data, config, evaluate) for m in methods], config, stop)
-    return Comparison(data.description, kind, mesh.size, parameters, runs, stop.asked)
+    return Comparison(
+        data.description, kind, mesh.size, parameters, runs, stop.asked, jax.process_index() == 0
+    )

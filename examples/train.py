@@ -37,7 +37,7 @@ def run(config: Config) -> int:
     import report
 
     comparison = loop.compare(config, data)
-    if not config.process:  # of several processes the first reports
+    if comparison.reports:
         print("\n" + report.write(config, comparison))
         print(f"\n{config.out}: results.md, results.json, loss.png")
     return 130 if comparison.interrupted else 0
