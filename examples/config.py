@@ -263,7 +263,8 @@ def _add_processes(add: Add) -> None:
     add(
         "--coordinator",
         metavar="HOST:PORT",
-        help="one of several processes: where process 0 can be reached; launch.py sets all three (default: one process)",
+        help="one of several processes: where process 0 can be reached; launch.py sets all three "
+        "(default: one process)",
     )
     _whole_option(add, "--processes", 1, "how many processes there are (default: one)")
     _whole_option(add, "--process", 0, "which one this is, from 0 (default: the only one)")
