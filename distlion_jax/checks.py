@@ -84,6 +84,11 @@ def check_state(count: Array) -> None:
         )
 
 
+def _named(updates: Any) -> list[tuple[str, Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(updates)
+    return [(f"updates{jax.tree_util.keystr(path)}", x) for path, x in leaves]
+
+
 def check_update(updates: Any, mu: Any, axis_name: AxisName) -> None:
     """Raises unless gradients match the momentum and are the worker's own."""
     if jax.tree.structure(updates) != jax.tree.structure(mu):
@@ -92,10 +97,7 @@ def check_update(updates: Any, mu: Any, axis_name: AxisName) -> None:
             f"{jax.tree.structure(updates)} against {jax.tree.structure(mu)}. Initialise the state "
             "from the same parameters that are differentiated."
         )
-    named = [
-        (f"updates{jax.tree_util.keystr(path)}", x)
-        for path, x in jax.tree_util.tree_leaves_with_path(updates)
-    ]
+    named = _named(updates)
     for (name, g), m in zip(named, jax.tree.leaves(mu), strict=True):
         if jnp.shape(m) not in (jnp.shape(g), (1, *jnp.shape(g))):
             raise ValueError(
@@ -110,10 +112,7 @@ def check_update(updates: Any, mu: Any, axis_name: AxisName) -> None:
 
 def check_local(updates: Any, axis_name: AxisName) -> None:
     """Raises for gradients that JAX knows to be the same on all workers: summed by autodiff."""
-    named = [
-        (f"updates{jax.tree_util.keystr(path)}", x)
-        for path, x in jax.tree_util.tree_leaves_with_path(updates)
-    ]
+    named = _named(updates)
     if summed := wire.unvarying(named, axis_name):
         raise ValueError(
             f"`{summed[0]}` is the same on all workers of axis {axis_name!r} ({len(summed)} of "

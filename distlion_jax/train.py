@@ -186,6 +186,8 @@ def make_train_step(
     state_spec = by_worker if stacked else P()
 
     def mapped(params: Any, state: Any, batch: Any, rng: Any, extra: dict[str, Any]) -> Any:
+        if stacked and n > 1 and not check_vma:
+            _check_exchange(state)
         state = unstack(state, axis_name) if stacked else state
         extra = jax.tree.map(lambda x: x[0], extra)
         params, state, metrics = worker(params, state, batch, rng, extra)
@@ -211,8 +213,6 @@ def make_train_step(
         _check_step(batch, state if stacked else (), extra, n, shards)
         if extra and not stacked:
             raise ValueError(f"`{next(iter(extra))}` is for a vote; gradients='mean' takes all.")
-        if stacked and n > 1 and not check_vma:
-            _check_exchange(state)
         params, state, metrics = jitted(params, state, batch, rng, extra)
         return params, state, settle(metrics)
 
@@ -255,6 +255,8 @@ def make_pmap_train_step(
     worker = _worker_step(loss_fn, tx, axis_name, has_aux, None, "local")
 
     def one(params: Any, state: Any, batch: Any, rng: Any, extra: dict[str, Any]) -> Any:
+        if n > 1:
+            _check_exchange(state)
         params, state, metrics = worker(params, state, batch, rng, extra)
         health = tuple(h._replace(voted=h.voted[0]) for h in metrics.health)
         return params, state, metrics._replace(health=health)
@@ -271,8 +273,6 @@ def make_pmap_train_step(
 
     def step(params: Any, state: Any, batch: Any, *, rng: Any = None, **extra: Any) -> Any:
         _check_step(batch, (params, state), extra, n, n)
-        if n > 1:
-            _check_exchange(state)
         batch = jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch)
         params, state, metrics = mapped(params, state, batch, rng, extra)
         settle(metrics)

@@ -4,7 +4,7 @@
     python examples/launch.py -n 2 examples/train.py --task images
 
 The program is given --coordinator, --processes and --process. On a cluster its scheduler does this
-(README, "Several machines").
+(README, "Several processes and machines").
 """
 
 import argparse

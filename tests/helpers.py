@@ -2,6 +2,7 @@
 """Trees, gradients and ways to run n workers, shared by the tests."""
 
 import functools
+import socket
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,13 @@ TREES = {
     "scalar": {"s": ()},
     "exact": {"w": (32, 256)},
 }
+
+
+def free_port():
+    """A TCP port of loopback that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def shapes_to_params(tree, dtype=jnp.float32):

@@ -3,7 +3,6 @@
 
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 import time
@@ -11,16 +10,11 @@ import time
 import numpy as np
 import pytest
 
+from tests.helpers import free_port
 from tests.process_worker import ABSENT, RUNS, SICK, STEPS, initial_params
 
 ROOT = pathlib.Path(__file__).parent.parent
 TIMEOUT = 120  # seconds for all processes of a run
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def start(folder, workers, process, port):

@@ -14,15 +14,10 @@ from pathlib import Path
 import pytest
 
 from distlion_jax import rendezvous
+from tests.helpers import free_port
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TIMEOUT = 3.0  # seconds that a check-in may take, where somebody is missing
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def check_in(*processes):
