@@ -48,7 +48,7 @@ def all_same(tree: Any, axis_name: AxisName) -> Array:
       >>> print(same(jnp.array([1.0, 2.0])), same(jnp.array([2.0, 2.0])))
       [False False] [ True  True]
     """
-    sums = wire.gather(checksum(tree), axis_name)
+    sums = wire.gather(checksum(tree)[None], axis_name, [1])
     return jnp.all(sums == sums[0])
 
 

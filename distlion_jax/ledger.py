@@ -97,14 +97,17 @@ def psum_dtype(n: int, rules: Rules) -> str:
 
 def _collectives(layout: Layout, n: int, rules: Rules, transport: str) -> tuple[Collective, ...]:
     columns = BLOCK + rules.present_columns
+
+    def phase(op: str, words: int, rows: int = 1) -> tuple[Collective, ...]:
+        return tuple(Collective(op, "u32", rows * piece, n) for piece in rules.pieces(words))
+
     if transport == "all_gather":
-        return (Collective("all-gather", "u32", layout.groups * columns + HEADER, n),)
+        return phase("all-gather", layout.groups * columns + HEADER)
     if transport == "two_phase":
         groups = slice_groups(layout, n)
         verdict = groups * sum(rules.verdict_columns(n)) + VERDICT_HEADER
-        return (
-            Collective("all-to-all", "u32", n * (groups * columns + HEADER), n),
-            Collective("all-gather", "u32", verdict + health_words(rules, len(layout.leaves)), n),
+        return phase("all-to-all", groups * columns + HEADER, n) + phase(
+            "all-gather", verdict + health_words(rules, len(layout.leaves))
         )
     elements = layout.groups * PLANES * columns
     votes = Collective("all-reduce", psum_dtype(n, rules), elements, n)
@@ -133,13 +136,15 @@ def wire_cost(
     ballot: str = "binary",
     max_weight: int | None = None,
     health: str = "total",
+    chunks: int = 1,
 ) -> WireCost:
     """Exact wire cost of one :func:`distlion_jax.distributed_lion` step.
 
     Args:
       params: tree of arrays or ``jax.ShapeDtypeStruct``; only shapes matter.
       n: number of workers.
-      aggregation, transport, ties, ballot, max_weight, health: as in ``distributed_lion``.
+      aggregation, transport, ties, ballot, max_weight, health, chunks: as in
+        ``distributed_lion``.
 
     Returns:
       A :class:`WireCost`: transport, collectives, bytes and bits per parameter.
@@ -153,7 +158,7 @@ def wire_cost(
       >>> round(full_precision_cost(params, 8).bits_per_parameter, 1)
       56.0
     """
-    rules = Rules(aggregation, transport, ties, ballot, max_weight, health)
+    rules = Rules(aggregation, transport, ties, ballot, max_weight, health, chunks)
     return cost(layout_of(params), n, rules)
 
 

@@ -61,6 +61,7 @@ def distributed_lion_by_label(
     threshold: ArrayLike | None = None,
     max_weight: int | None = None,
     health: Health = "total",
+    chunks: int = 1,
     allow_single_worker: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Distributed Lion with a label per leaf, in one step.
@@ -71,8 +72,8 @@ def distributed_lion_by_label(
       labels: tree (or prefix of one, or function of params) with ``"majority"`` or ``"average"``
         (one-bit votes), ``"full"`` (Lion on the gradients' full-precision mean) or ``"frozen"``
         (never moves, sends nothing).
-      axis_name, transport, ties, ballot, threshold, max_weight, health, allow_single_worker: as in
-        ``distributed_lion``, for the leaves that vote.
+      axis_name, transport, ties, ballot, threshold, max_weight, health, chunks,
+        allow_single_worker: as in ``distributed_lion``, for the leaves that vote.
 
     Returns:
       A transformation. A worker with a non-finite gradient in *any* leaf that is not frozen sits
@@ -101,6 +102,7 @@ def distributed_lion_by_label(
         threshold=threshold,
         max_weight=max_weight,
         health=health,
+        chunks=chunks,
         allow_single_worker=allow_single_worker,
     )
     directions = {
@@ -155,7 +157,7 @@ def wire_cost_by_label(params: Any, labels: Any, n: int, **options: Any) -> ledg
       params: tree of arrays or ``jax.ShapeDtypeStruct``.
       labels: as in ``distributed_lion_by_label``.
       n: number of workers.
-      **options: ``transport``, ``ties``, ``ballot``, ``max_weight``, ``health``.
+      **options: ``transport``, ``ties``, ``ballot``, ``max_weight``, ``health``, ``chunks``.
 
     Examples:
       >>> import jax, jax.numpy as jnp

@@ -27,6 +27,7 @@ BALLOTS: tuple[str, ...] = get_args(Ballot)
 HEALTH: tuple[str, ...] = get_args(Health)
 
 MAX_WEIGHT = 2**16 - 1
+MAX_CHUNKS = 64
 
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -48,6 +49,19 @@ def check_fraction(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must lie in [0, 1); got {value!r}.")
 
 
+def check_static(name: str, value: Any, allowed: str, top: int) -> None:
+    """Raises unless ``value`` is a Python integer in [1, top]; it decides shapes."""
+    try:
+        number = operator.index(value)
+    except Exception:  # a tracer raises its own error here
+        raise ValueError(
+            f"`{name}` must be a static Python {allowed}; got {value!r}. With "
+            f"optax.inject_hyperparams, name it in static_args=('{name}',)."
+        ) from None
+    if not 1 <= number <= top:
+        raise ValueError(f"`{name}` must lie in [1, {top}]; got {number}.")
+
+
 @dataclasses.dataclass(frozen=True)
 class Rules:
     """The static options of :func:`distlion_jax.distributed_lion`; see there for their meaning."""
@@ -58,6 +72,7 @@ class Rules:
     ballot: str = "binary"
     max_weight: int | None = None
     health: str = "total"
+    chunks: int = 1
 
     def __post_init__(self) -> None:
         check_choice("aggregation", self.aggregation, AGGREGATIONS)
@@ -66,18 +81,13 @@ class Rules:
         check_choice("ballot", self.ballot, BALLOTS)
         check_choice("health", self.health, HEALTH)
         if self.max_weight is not None:
-            self._check_max_weight()
-
-    def _check_max_weight(self) -> None:
-        try:
-            value = operator.index(self.max_weight)  # type: ignore[arg-type]
-        except Exception:  # a tracer raises its own error here
+            check_static("max_weight", self.max_weight, "int or None", MAX_WEIGHT)
+        check_static("chunks", self.chunks, "int", MAX_CHUNKS)
+        if self.chunks > 1 and self.transport == "psum":
             raise ValueError(
-                f"`max_weight` must be a static Python int or None; got {self.max_weight!r}. With "
-                "optax.inject_hyperparams, name it in static_args=('max_weight',)."
-            ) from None
-        if not 1 <= value <= MAX_WEIGHT:
-            raise ValueError(f"`max_weight` must lie in [1, {MAX_WEIGHT}]; got {value}.")
+                f"`chunks` {self.chunks} splits words, and transport='psum' sends none. Leave it "
+                "at 1, or use 'auto', 'all_gather' or 'two_phase'."
+            )
 
     def for_workers(self, n: int) -> "Rules":
         """The rules that n workers follow: one alone has nobody to tell, and its zeros abstain.
@@ -103,3 +113,8 @@ class Rules:
             by_block = self.ties == "coin" and self.ballot == "binary"
             return (128, 1) if by_block else (128, 128)
         return (128,) * planes + (1,) * planes if self.ballot == "binary" else (128,) * (planes + 1)
+
+    def pieces(self, words: int) -> tuple[int, ...]:
+        """How many of a phase's words each of its collectives carries: nearly equal shares."""
+        chunks = min(self.chunks, words)
+        return tuple(words // chunks + (i < words % chunks) for i in range(chunks))

@@ -98,7 +98,8 @@ def all_gather(
 ) -> Verdict:
     """Gathers all ballots to all workers; each tallies everything."""
     frame = _frame([ballot.votes, ballot.present, _ballot_header(ballot, step)], 1)[0]
-    ballots, step = _read_ballots(wire.gather(frame, axis), rules, layout.groups)
+    frames = wire.gather(frame, axis, rules.pieces(frame.size))
+    ballots, step = _read_ballots(frames, rules, layout.groups)
 
     def judge() -> tuple[tuple[Array, ...], Array, Array]:
         return _judge(rules, layout, tally.count(ballots, rules.top_weight), step, 0)
@@ -120,7 +121,8 @@ def two_phase(ballot: Ballot, step: Array, layout: Layout, rules: Rules, axis: A
     pad = ((0, groups * n - layout.groups), (0, 0))
     header = jnp.broadcast_to(_ballot_header(ballot, step), (n, ledger.HEADER))
     frame = _frame([jnp.pad(ballot.votes, pad), jnp.pad(ballot.present, pad), header], n)
-    ballots, step = _read_ballots(wire.scatter(frame, axis), rules, groups)
+    frames = wire.scatter(frame, axis, rules.pieces(frame.shape[1]))
+    ballots, step = _read_ballots(frames, rules, groups)
     count = tally.count(ballots, rules.top_weight)
     first = lax.axis_index(axis) * groups
     planes, tied, margin = _judge(rules, layout, count, step, first)
@@ -128,7 +130,8 @@ def two_phase(ballot: Ballot, step: Array, layout: Layout, rules: Rules, axis: A
     frame = _frame([*planes, header, _bits(tied), _bits(margin)], 1)[0]
     shapes = [(groups, columns) for columns in rules.verdict_columns(n)]
     shapes += [(ledger.VERDICT_HEADER,), tied.shape, margin.shape]
-    *slices, header, tied, margin = _unframe(wire.gather(frame, axis), shapes)
+    frames = wire.gather(frame, axis, rules.pieces(frame.size))
+    *slices, header, tied, margin = _unframe(frames, shapes)
     whole = tuple(x.reshape(-1, x.shape[-1])[: layout.groups] for x in slices)
     voters, weight = header[0].astype(jnp.int32)
     sums = [lax.bitcast_convert_type(x, jnp.float32).sum(axis=0) for x in (tied, margin)]

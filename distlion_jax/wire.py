@@ -4,20 +4,24 @@
 In:  ``uint32`` words of this worker. Out: words of all workers, or slices of them.
 With workers ``i`` and ``n`` of them, each identity below is the shape law of one function:
 
-* :func:`gather`:  ``[...] -> [n, ...]``; ``gather(x)[i]`` is worker i's ``x``, on every worker.
-* :func:`scatter`: ``[n, ...] -> [n, ...]``; row j of worker i's result is row i of worker j's
+* :func:`gather`:  ``[words] -> [n, words]``; ``gather(x)[i]`` is worker i's, on every worker.
+* :func:`scatter`: ``[n, words] -> [n, words]``; row j of worker i's result is row i of worker j's
   operand. ``scatter(x)[j] == gather(x)[j, i]``, at one n-th of the traffic.
 * :func:`total`:   ``[...] -> [...]``; ``total(x) == gather(x).sum(0)``.
+
+The first two take the sizes of the pieces that the words travel in, a collective each.
 
 All differences between JAX versions, and between pmap, shard_map (replication check on or off)
 and vmap, live here.
 """
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from distlion_jax.rules import AxisName
@@ -76,8 +80,17 @@ def unvarying(named: Iterable[tuple[str, Any]], axis_name: AxisName) -> list[str
     return [name for name, x in named if not wanted <= varying_axes(x)]
 
 
-def gather(x: Array, axis_name: AxisName) -> Array:
-    """All workers' ``x``, stacked: an all-gather whose result JAX knows to be replicated."""
+def _split(x: Array, pieces: Sequence[int], axis: int) -> list[Array]:
+    return jnp.split(x, np.cumsum(pieces)[:-1].tolist(), axis)
+
+
+def gather(x: Array, axis_name: AxisName, pieces: Sequence[int]) -> Array:
+    """All workers' ``x[words]``, stacked: an all-gather a piece; JAX knows it to be replicated."""
+    parts = [_gather(part, axis_name) for part in _split(x, pieces, 0)]
+    return jnp.concatenate(parts, axis=1)
+
+
+def _gather(x: Array, axis_name: AxisName) -> Array:
     if not is_checked(axis_name):
         return lax.all_gather(x, axis_name)
     x = vary(x, axis_name)
@@ -88,9 +101,13 @@ def gather(x: Array, axis_name: AxisName) -> Array:
     return all_gather_invariant(x, axis_name)
 
 
-def scatter(x: Array, axis_name: AxisName) -> Array:
-    """Sends row j of ``x[n, ...]`` to worker j; row j of the result came from worker j."""
-    return lax.all_to_all(vary(x, axis_name), axis_name, 0, 0)
+def scatter(x: Array, axis_name: AxisName, pieces: Sequence[int]) -> Array:
+    """Sends row j of ``x[n, words]`` to worker j; row j of the result came from worker j.
+
+    An all-to-all a piece of each row.
+    """
+    parts = _split(vary(x, axis_name), pieces, 1)
+    return jnp.concatenate([lax.all_to_all(part, axis_name, 0, 0) for part in parts], axis=1)
 
 
 def total(x: Array, axis_name: AxisName) -> Array:

@@ -181,6 +181,12 @@ CASES = {
     "`max_weight` must lie in [1, 65535]; got 65536.": option(max_weight=2**16),
     "`max_weight` must be a static Python int or None; got 2.5.": option(max_weight=2.5),
     "`max_weight` must be ... got ... static_args=('max_weight',)": injected,
+    "`chunks` must lie in [1, 64]; got 0.": option(chunks=0),
+    "`chunks` must lie in [1, 64]; got 65.": option(chunks=65),
+    "`chunks` must be a static Python int; got 2.5.": option(chunks=2.5),
+    "`chunks` 4 splits words, and transport='psum' sends none. ... 'all_gather'": option(
+        chunks=4, transport="psum"
+    ),
     "`axis_name` must name at least one axis; got (). ... axis_name=None": option(axis_name=()),
     "`axis_name` must name at least one axis; got None.": lambda: dl.distributed_lion_by_label(
         0.1, "full", axis_name=None

@@ -66,6 +66,17 @@ def test_any_tree(name, transport):
     assert_equal_to_reference(tree, run(tree, 4, 3, transport=transport, ties="coin"), want)
 
 
+@pytest.mark.parametrize("how", ["vmap", "shard_map"])
+@pytest.mark.parametrize("transport", ["all_gather", "two_phase"])
+def test_words_may_travel_in_chunks(how, transport):
+    """Uneven ones (129 words a group, and headers), and more of them than there are words."""
+    tree = {"rows": (16, 128), "a": (33,), "scalar": ()}
+    want = run_reference(tree, 8, 2, ties="coin")
+    for chunks in (2, 7, 64):
+        got = run(tree, 8, 2, how, transport=transport, ties="coin", chunks=chunks)
+        assert_equal_to_reference(tree, got, want)
+
+
 @pytest.mark.parametrize("how", MAPS)
 @pytest.mark.parametrize("transport", ["all_gather", "two_phase", pytest.param("psum", marks=SLOW)])
 @pytest.mark.parametrize("rules", RULES[1:], ids=ids)

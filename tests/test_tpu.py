@@ -35,6 +35,7 @@ STEPS = {
     for aggregation in ("majority", "average")
 } | {
     "coin": dict(transport="two_phase", ties="coin", ballot="ternary", health="leaf"),
+    "chunks": dict(transport="two_phase", chunks=3),
     "psum": dict(transport="psum"),
 }
 UPDATES = {

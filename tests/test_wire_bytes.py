@@ -85,6 +85,14 @@ def test_one_collective_a_phase_and_not_one_a_tensor(transport):
     assert len(cost.collectives) == PHASES[transport]
 
 
+@pytest.mark.parametrize("transport", ["all_gather", "two_phase"])
+def test_chunks_are_collectives_and_cost_no_byte(transport):
+    whole = dl.wire_cost(shapes_to_params(SMALL), 8, transport=transport)
+    cost = check_update(compiler_options=None, transport=transport, chunks=5)
+    assert len(cost.collectives) == 5 * PHASES[transport]
+    assert cost.bytes_received == whole.bytes_received
+
+
 @pytest.mark.parametrize(
     ("n", "options"),
     [
