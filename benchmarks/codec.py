@@ -1,28 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """What turning floats into votes and back costs, by stages, and counting at n = 8, 32, 128.
 
-    python benchmarks/codec.py            # all cores
+    python benchmarks/codec.py            # all cores, or the GPU or TPU that JAX finds
     taskset -c 0 python benchmarks/codec.py   # one core, the README's figure
 
-Stages: cast (blend, pack, presence, finite check), count (tally of n ballots and the verdict, as a
-worker does under each transport), apply (unpack, weight decay, learning rate). No collective runs:
-ballots of other workers are random words; ties take coins, health is off. What they take of a
-training step is told against the gradient of a transformer of about the same size
-(examples/models.py: needs Flax), in the same run.
+Stages: cast (blend, pack, presence, finite check), exchange (both phases of two_phase, where there
+are several devices: the 8 virtual ones of a CPU, that is copies in memory), count (tally of n
+ballots and the verdict, as a worker does under each transport), apply (unpack, weight decay,
+learning rate), momentum. Beside each stand the bytes that it must touch, and how near it comes to
+the rate of a copy in the same run. Ballots of other workers are random words; ties take coins,
+health is off. What the codec (cast, count, apply) takes of a training step is told against the
+gradient of a transformer of about the same size (examples/models.py: needs Flax), in the same run.
 """
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+
 import jax.numpy as jnp
+import numpy as np
 import optax
 import timing
-from update import make_tree
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from distlion_jax import ballot, ledger, tally, vote, words
+from distlion_jax import ballot, ledger, tally, vote, wire, words, worker_mesh
 from distlion_jax.rules import Rules
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
@@ -57,13 +63,40 @@ def gradient(millions: float) -> Callable[[], Any]:
     return lambda: step(params, batch)
 
 
-def stages(millions: float, rounds: int) -> dict[str, Any]:
-    """Times cast, count (n = 8, two_phase's share) and apply on one tree."""
-    grads, mu = make_tree(millions, jnp.float32, 1), make_tree(millions, jnp.float32, 2)
+def exchange(layout: words.Layout) -> tuple[Callable[[], Any], float]:
+    """Both phases of two_phase on all local devices, words only; and the bytes a parameter.
+
+    Touched is what every worker receives, read and written once.
+    """
+    mesh = worker_mesh()
+    cost = ledger.cost(layout, mesh.size, dataclasses.replace(RULES, transport="two_phase"))
+    first, second = (c.elements for c in cost.collectives)
+
+    def both(ballots: jax.Array) -> jax.Array:
+        slices = wire.scatter(ballots.reshape(mesh.size, -1), "data", [first // mesh.size])
+        verdict = jnp.resize(slices[0], (second,))
+        return wire.gather(verdict, "data", [second])[None]
+
+    mapped = jax.shard_map(
+        both, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False
+    )
+    run = jax.jit(mapped)
+    sharding = NamedSharding(mesh, P("data"))
+    rows = jax.device_put(np.ones((mesh.size * mesh.size, first // mesh.size), np.uint32), sharding)
+    return lambda: run(rows), 2 * mesh.size * cost.bytes_received / layout.size
+
+
+def candidates(millions: float) -> tuple[dict[str, Callable[[], Any]], dict[str, float], int]:
+    """The stages, the bytes a parameter that each must touch, and the number of parameters."""
+    grads, mu = (
+        timing.make_tree(millions, jnp.float32, 1),
+        timing.make_tree(millions, jnp.float32, 2),
+    )
     flat, treedef = jax.tree.flatten(grads)
     layout = words.Layout([x.shape for x in flat])
     one, zero = jnp.int32(1), jnp.int32(0)
     tail = optax.chain(optax.add_decayed_weights(0.1), optax.scale_by_learning_rate(1e-4))
+    lion = optax.lion(1e-4, weight_decay=0.1)
 
     def cast(g: Any, m: Any) -> Any:
         return ballot.cast(
@@ -76,33 +109,65 @@ def stages(millions: float, rounds: int) -> dict[str, Any]:
         updates, _ = tail.update(treedef.unflatten(direction), tail.init(p), p)
         return (optax.apply_updates(p, updates),)
 
+    def momentum(m: Any, g: Any) -> Any:
+        return (jax.tree.map(lambda m, g: 0.99 * m + 0.01 * g, m, g),)
+
+    def whole(p: Any, state: Any, g: Any) -> Any:
+        updates, state = lion.update(g, state, p)
+        return optax.apply_updates(p, updates), state
+
     mine = jax.jit(cast)(grads, mu)
     ballots = random_ballots(0, 8, ledger.slice_groups(layout, 8))
     planes = (mine.votes, mine.present)
     count, cast_jit = jax.jit(judge), jax.jit(cast)
-    apply_jit = jax.jit(apply, donate_argnums=0)
+    params, other = (timing.make_tree(millions, jnp.float32, key) for key in (3, 4))
+    apply_jit, momentum_jit = (jax.jit(f, donate_argnums=0) for f in (apply, momentum))
+    whole_jit = jax.jit(whole, donate_argnums=(0, 1))
+    copy = jax.jit(lambda t: (jax.tree.map(lambda x: x + 1.0, t),), donate_argnums=0)
+    word = 4 * (words.BLOCK + 1) / words.GROUP  # bytes of votes and presence, a parameter
     runs = {
+        "copy": timing.donating(copy, (timing.make_tree(millions, jnp.float32, 5),)),
         "cast": lambda: cast_jit(grads, mu),
         "count, n=8": lambda: count(ballots),
-        "apply": timing.donating(apply_jit, (make_tree(millions, jnp.float32, 3),), planes),
+        "apply": timing.donating(apply_jit, (params,), planes),
+        "momentum": timing.donating(momentum_jit, (mu,), grads),
+        "optax.lion": timing.donating(whole_jit, (other, lion.init(other)), grads),
     }
+    touch = {"copy": 8.0, "cast": 8 + word, "count, n=8": word + word / 8, "apply": 8 + word,
+             "momentum": 12.0, "optax.lion": 20.0}  # fmt: skip
+    if len(jax.devices()) > 1:
+        runs["exchange"], touch["exchange"] = exchange(layout)
+    return runs, touch, layout.size
+
+
+def stages(millions: float, rounds: int) -> dict[str, Any]:
+    """Times the stages on one tree, against a copy of it and the gradient of a model."""
+    runs, touch, size = candidates(millions)
     times = timing.paired(runs | {"gradient": gradient(millions)}, rounds)
     model = times.pop("gradient")
-    median = {name: timing.quartiles(t)[1] for name, t in times.items()}
-    sums = [sum(t, 0.0) for t in zip(*times.values(), strict=True)]
+    codec = [times[name] for name in ("cast", "count, n=8", "apply")]
+    sums = [sum(t, 0.0) for t in zip(*codec, strict=True)]
     total = timing.quartiles(sums)
     share = timing.quartiles([100 * c / (c + m) for c, m in zip(sums, model, strict=True)])
-    rates = sorted(layout.size / t / 1e9 for t in total)
-    print(f"\ncodec, {layout.size / 1e6:.1f} M parameters, float32, {rounds} rounds")
-    for name, t in median.items():
-        print(f"  {name:12} {1e3 * t:7.2f} ms   {layout.size / t / 1e9:6.2f} G parameters/s")
-    print(f"  {'all together':12} {1e3 * total[1]:7.2f} ms   {rates[1]:6.2f} G parameters/s"
-          f" ({rates[0]:.2f}-{rates[2]:.2f})")  # fmt: skip
-    print(f"  of a training step of {SEQUENCES} x {CONTEXT} characters a worker (gradient "
-          f"{1e3 * timing.quartiles(model)[1]:.0f} ms): {share[1]:.1f} % "
-          f"({share[0]:.1f}-{share[2]:.1f})")  # fmt: skip
-    return {"parameters": layout.size, "ms": {k: 1e3 * t for k, t in median.items()},
-            "giga_parameters_per_second": rates, "percent_of_a_step": share}  # fmt: skip
+    rates = sorted(size / t / 1e9 for t in total)
+    print(f"\ncodec, {size / 1e6:.1f} M parameters, float32, {rounds} rounds\n")
+    print("| stage      | ms      | bytes touched a parameter | GB/s   | of a copy's rate |")
+    print("|------------|---------|---------------------------|--------|------------------|")
+    rows = {}
+    for name, each in times.items():
+        ms = 1e3 * timing.quartiles(each)[1]
+        speed = touch[name] * size / ms / 1e6
+        pairs = zip(times["copy"], each, strict=True)
+        near = timing.quartiles([touch[name] / 8.0 * c / t for c, t in pairs])
+        rows[name] = {"ms": ms, "bytes": touch[name], "gigabytes_per_second": speed, "copy": near}
+        print(f"| {name:10} | {ms:7.2f} | {touch[name]:25.2f} | {speed:6.1f} |"
+              f" {near[1]:4.2f} ({near[0]:.2f}-{near[2]:.2f}) |")  # fmt: skip
+    print(f"\ncodec (cast, count, apply): {1e3 * total[1]:.2f} ms, {rates[1]:.2f} G parameters/s "
+          f"({rates[0]:.2f}-{rates[2]:.2f}); of a training step of {SEQUENCES} x {CONTEXT} "
+          f"characters a worker (gradient {1e3 * timing.quartiles(model)[1]:.0f} ms): "
+          f"{share[1]:.1f} % ({share[0]:.1f}-{share[2]:.1f})")  # fmt: skip
+    return {"parameters": size, "stages": rows, "giga_parameters_per_second": rates,
+            "percent_of_a_step": share}  # fmt: skip
 
 
 def counting(millions: float, rounds: int) -> dict[str, Any]:
@@ -134,6 +199,7 @@ def main() -> int:
     p.add_argument("--millions", type=float, default=25.0, help="millions of parameters (stages)")
     p.add_argument("--counting-millions", type=float, default=16.0, help="millions (counting)")
     args = p.parse_args()
+    jax.config.update("jax_num_cpu_devices", 8)  # no accelerator's are
     results = {
         "stages": stages(args.millions, args.rounds),
         "counting": counting(args.counting_millions, args.rounds),

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several slow links on one Linux machine: a network namespace per process, joined by a bridge.
 
-In:  how many hosts, and the rate of each one's link. Out: hosts with an address each, in which
-commands can be started. Everything is taken away at the end, also after Ctrl-C or SIGTERM.
+In:  how many hosts. Out: hosts with an address each, in which commands can be started, and whose
+links can be given another rate while they run. Everything is taken away at the end, also after
+Ctrl-C or SIGTERM.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ class Host(NamedTuple):
 
     name: str
     address: str
+    outside: str  # its link's other end, at the bridge
 
     def command(self, *command: str) -> list[str]:
         """The command, to be run in this host."""
@@ -52,24 +54,26 @@ def check() -> None:
         raise Unavailable("network namespaces need root")
 
 
-def _shape(prefix: Sequence[str], device: str, rate: str) -> None:
-    burst = ("burst", "256kb", "latency", "400ms")
-    _run(*prefix, "tc", "qdisc", "add", "dev", device, "root", "tbf", "rate", rate, *burst)
+def shape(hosts: Sequence[Host], rate: str | None) -> None:
+    """Gives every host's link a rate (tc's words, as ``100mbit``) both ways; None: no limit."""
+    for host in hosts:
+        receives, sends = ["tc"], host.command("tc")
+        for tc, device in ((receives, host.outside), (sends, INTERFACE)):
+            _quietly(*tc, "qdisc", "del", "dev", device, "root")
+            if rate is not None:
+                bucket = ("tbf", "rate", rate, "burst", "256kb", "latency", "400ms")
+                _run(*tc, "qdisc", "add", "dev", device, "root", *bucket)
 
 
-def _make(host: Host, index: int, bridge: str, rate: str | None) -> None:
-    outside = f"{bridge}v{index}"
+def _make(host: Host, bridge: str) -> None:
     _run("ip", "netns", "add", host.name)
-    _run("ip", "link", "add", outside, "type", "veth", "peer", "name", INTERFACE,
+    _run("ip", "link", "add", host.outside, "type", "veth", "peer", "name", INTERFACE,
          "netns", host.name)  # fmt: skip
-    _run("ip", "link", "set", outside, "master", bridge, "up")
+    _run("ip", "link", "set", host.outside, "master", bridge, "up")
     inside = host.command()
     _run(*inside, "ip", "addr", "add", f"{host.address}/24", "dev", INTERFACE)
     _run(*inside, "ip", "link", "set", INTERFACE, "up")
     _run(*inside, "ip", "link", "set", "lo", "up")
-    if rate is not None:
-        _shape((), outside, rate)  # what it receives
-        _shape(inside, INTERFACE, rate)  # what it sends
     folder = _HOSTS / host.name  # gloo binds the address of the machine's name
     folder.mkdir(parents=True, exist_ok=True)
     name = os.uname().nodename
@@ -77,16 +81,11 @@ def _make(host: Host, index: int, bridge: str, rate: str | None) -> None:
 
 
 @contextlib.contextmanager
-def network(n: int, rate: str | None) -> Iterator[list[Host]]:
-    """Hosts on one bridge, each with a link of ``rate`` (tc's words, as ``100mbit``) both ways.
-
-    Args:
-      n: hosts.
-      rate: of every link; None: as fast as the machine can.
-    """
+def network(n: int) -> Iterator[list[Host]]:
+    """``n`` hosts on one bridge, each with a link as fast as the machine can (see ``shape``)."""
     check()
     bridge = f"dl{os.getpid() % 10**6}"
-    hosts = [Host(f"{bridge}-{i}", f"10.77.0.{i + 1}") for i in range(n)]
+    hosts = [Host(f"{bridge}-{i}", f"10.77.0.{i + 1}", f"{bridge}v{i}") for i in range(n)]
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
@@ -95,15 +94,14 @@ def network(n: int, rate: str | None) -> Iterator[list[Host]]:
     try:
         _run("ip", "link", "add", bridge, "type", "bridge")
         _run("ip", "link", "set", bridge, "up")
-        for i, host in enumerate(hosts):
-            _make(host, i, bridge, rate)
+        for host in hosts:
+            _make(host, bridge)
         yield hosts
     finally:
         for host in hosts:
             _quietly("ip", "netns", "del", host.name)
             shutil.rmtree(_HOSTS / host.name, ignore_errors=True)
-        for i in range(n):
-            _quietly("ip", "link", "del", f"{bridge}v{i}")
+            _quietly("ip", "link", "del", host.outside)
         _quietly("ip", "link", "del", bridge)
         with contextlib.suppress(OSError):
             _HOSTS.rmdir()  # only where nothing else is in it

@@ -2,70 +2,77 @@
 """Steps per second and bytes of real processes over real links of several speeds.
 
     sudo python benchmarks/network.py                       # about 20 minutes
-    sudo python benchmarks/network.py --workloads exchange --processes 2 --rates 100mbit
+    sudo python benchmarks/network.py --workloads linear --processes 2 --peers
     python benchmarks/network.py --loopback                 # no root: one fast link, no byte counts
 
 Every process has a network namespace of its own, whose link to a bridge is shaped by tc's tbf.
 Within a round the methods take a step each, so that they are compared on the same machine at the
 same time; bytes are the interface's own counters, TCP's overhead included. Workloads: `exchange`
-(25.2 M parameters, update and exchange alone), `small` and `large` (the gradient of a transformer
-of 0.4 M and 25.3 M parameters, 4 x 64 characters a worker, and the update).
+(25.2 M parameters, update and exchange alone), `linear` (the gradient of 24 linear layers of
+1024 x 1024 and one example a worker, and the update), `small` and `large` (of a transformer of
+0.4 M and 25.3 M parameters, 4 x 64 characters a worker). --peers adds PyTorch's
+DistributedDataParallel to `linear`.
 
-Results are kept (one JSON line a cell) and not measured again; --fresh forgets them.
+Results are kept (one JSON line a cell and method) and not measured again; --fresh forgets them.
 """
 
 import argparse
+import contextlib
+import importlib.util
 import itertools
 import json
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import netns
 import network_report
 import timing
+from network_group import Group
+from network_methods import METHODS, PEERS
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
 RATES = {"unshaped": None, "10gbit": "10gbit", "1gbit": "1gbit", "100mbit": "100mbit",
          "10mbit": "10mbit"}  # fmt: skip
-METHODS = ("local", "lion fp32", "lion bf16", "majority", "majority, coin",
-           "majority, all_gather", "average")  # fmt: skip
-WORKLOADS = ("exchange", "small", "large")
+WORKLOADS = ("exchange", "linear", "small", "large")
 PORT = 7777  # nobody else is in the namespace
 
-
-def run(hosts: list[netns.Host] | None, task: dict[str, Any], limit: float) -> list[Any]:
-    """The rows of every process; raises if one fails or they take too long."""
-    n = task["processes"]
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / f"{i}.json" for i in range(n)]
-        running = []
-        for i, file in enumerate(files):
-            mine = json.dumps(task | {"process": i, "out": str(file)})
-            command = [sys.executable, str(HERE / "network_worker.py"), mine]
-            command = hosts[i].command(*command) if hosts else command
-            log = open(file.with_suffix(".log"), "w")  # noqa: SIM115 (closed with the process)
-            running.append((subprocess.Popen(command, stdout=log, stderr=log), log))
-        try:
-            for process, _ in running:
-                process.wait(timeout=limit)
-        except subprocess.TimeoutExpired:
-            raise RuntimeError(f"{task['workload']}, {n} processes: over {limit:g} s") from None
-        finally:
-            for process, log in running:
-                process.kill()
-                process.wait()
-                log.close()
-        if any(process.returncode for process, _ in running):
-            texts = [file.with_suffix(".log").read_text()[-1500:] for file in files]
-            raise RuntimeError("a process failed\n" + "\n---\n".join(texts))
-        return [json.loads(file.read_text()) for file in files]
+Row = dict[str, Any]
 
 
-def merge(cell: dict[str, Any], rows: list[Any]) -> list[dict[str, Any]]:
+class Job(NamedTuple):
+    """What one group of processes has to measure."""
+
+    workload: str
+    processes: int
+    script: str
+    cells: dict[str, list[str]]  # methods by rate
+
+    @property
+    def methods(self) -> list[str]:
+        """All of its methods, each once."""
+        return list(dict.fromkeys(itertools.chain(*self.cells.values())))
+
+
+def plan(args: argparse.Namespace, known: list[Row]) -> list[Job]:
+    """The jobs for what is asked for and not known yet."""
+    have = {(r["workload"], r["processes"], r["rate"], r["method"]) for r in known}
+    jobs = []
+    for workload, n in itertools.product(args.workloads, args.processes):
+        scripts = {"network_worker.py": args.methods}
+        if args.peers and workload == "linear":
+            scripts["torch_worker.py"] = PEERS
+        for script, methods in scripts.items():
+            cells = {
+                rate: [m for m in methods if (workload, n, rate, m) not in have]
+                for rate in args.rates
+            }
+            if any(cells.values()):
+                jobs.append(Job(workload, n, script, {k: v for k, v in cells.items() if v}))
+    return jobs
+
+
+def merge(cell: Row, rows: list[list[Row]]) -> list[Row]:
     """One result a method: seconds of the slowest process in each round, bytes of the mean one."""
     out = []
     for same in zip(*rows, strict=True):
@@ -74,41 +81,43 @@ def merge(cell: dict[str, Any], rows: list[Any]) -> list[dict[str, Any]]:
             way: sum(sum(row[way]) for row in same) / len(same) / len(seconds)
             for way in ("received", "sent")
         }
-        keep = {k: same[0][k] for k in ("method", "transport", "predicted", "parameters")}
-        out.append(cell | keep | mean | {"seconds": seconds, "machine": timing.machine()})
+        out.append(cell | same[0] | mean | {"seconds": seconds, "machine": timing.machine()})
     return out
 
 
+def run(job: Job, hosts: list[netns.Host] | None, args: argparse.Namespace, file: Path) -> None:
+    """Measures a job, rate by rate, and adds its rows to the file."""
+    task = {
+        "workload": job.workload,
+        "processes": job.processes,
+        "methods": job.methods,
+        "interface": netns.INTERFACE if hosts else "lo",
+        "coordinator": f"{hosts[0].address if hosts else '127.0.0.1'}:{PORT}",
+    }
+    cell = {"rounds": args.rounds, "least": args.least, "budget": args.budget}
+    with contextlib.closing(Group(job.script, hosts, task)) as group:
+        group.measure(cell | {"methods": []}, args.limit)  # they warm up before links are slow
+        for rate, methods in job.cells.items():
+            if hosts:
+                netns.shape(hosts, RATES[rate])
+            rows = group.measure(cell | {"methods": methods}, args.limit)
+            what = {"workload": job.workload, "processes": job.processes, "rate": rate}
+            with open(file, "a") as out:
+                for row in merge(what, rows):
+                    row |= {} if hosts else {"received": None, "sent": None}
+                    out.write(json.dumps(row) + "\n")
+            tqdm.write(f"{job.workload}, {job.processes} processes, {rate}: {', '.join(methods)}")
+
+
 def measure(args: argparse.Namespace, file: Path) -> None:
-    """Fills the file with the cells that it lacks."""
-    known = network_report.read(file)
-    have = {(r["workload"], r["processes"], r["rate"], r["method"]) for r in known}
-    cells = list(itertools.product(args.workloads, args.processes, args.rates))
-    for workload, n, rate in tqdm(cells, unit="cell", disable=not sys.stderr.isatty()):
-        methods = [m for m in args.methods if (workload, n, rate, m) not in have]
-        if not methods:
-            continue
-        task = {
-            "workload": workload,
-            "processes": n,
-            "methods": methods,
-            "rounds": args.rounds,
-            "budget": args.budget,
-            "interface": "lo" if args.loopback else netns.INTERFACE,
-        }
-        cell = {"workload": workload, "processes": n, "rate": rate}
-        limit = 600 + 4 * args.budget
-        if args.loopback:
-            rows = run(None, task | {"coordinator": f"127.0.0.1:{PORT}"}, limit)
-        else:
-            with netns.network(n, RATES[rate]) as hosts:
-                coordinator = f"{hosts[0].address}:{PORT}"
-                rows = run(hosts, task | {"coordinator": coordinator}, limit)
-        with open(file, "a") as out:
-            for row in merge(cell, rows):
-                row |= {"received": None, "sent": None} if args.loopback else {}
-                out.write(json.dumps(row) + "\n")
-        tqdm.write(f"{workload}, {n} processes, {rate}: {len(methods)} methods measured")
+    """Fills the file with what it lacks; all jobs of as many processes share their links."""
+    jobs = plan(args, network_report.read(file))
+    with tqdm(total=len(jobs), unit="job", disable=not sys.stderr.isatty()) as bar:
+        for (_, n), some in itertools.groupby(jobs, key=lambda job: (job.workload, job.processes)):
+            with contextlib.nullcontext() if args.loopback else netns.network(n) as hosts:
+                for job in some:
+                    run(job, hosts, args, file)
+                    bar.update()
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -121,14 +130,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--processes", nargs="+", type=int, default=[2, 4], metavar="N")
     p.add_argument("--rates", nargs="+", choices=RATES, default=["unshaped", "1gbit", "100mbit"])
     p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    p.add_argument("--peers", action="store_true", help="PyTorch DDP too, in `linear`")
     p.add_argument("--rounds", type=int, default=10, help="timed rounds of a cell")
-    p.add_argument("--budget", type=float, default=90, help="seconds of a cell, after 3 rounds")
+    p.add_argument("--budget", type=float, default=90, help="seconds of a cell, then it ends")
+    p.add_argument("--least", type=int, default=3, help="rounds that it has in any case")
+    p.add_argument("--limit", type=float, default=3600, help="seconds after which a cell failed")
     p.add_argument("--out", type=Path, default=Path("runs/network"), help="folder of the results")
     p.add_argument("--fresh", action="store_true", help="forget the results that are there")
     p.add_argument("--loopback", action="store_true", help="no namespaces: loopback, no root")
     args = p.parse_args(argv)
     if min(args.processes) < 2:
         p.error("--processes: at least 2, or there is no network")
+    if args.peers and importlib.util.find_spec("torch") is None:
+        p.error("--peers needs PyTorch: pip install torch (a build for CPU is enough)")
+    if args.peers and "linear" not in args.workloads:
+        p.error("--peers measures the workload `linear` only: add it to --workloads")
     if args.loopback:
         args.rates = ["loopback"]
     return args

@@ -28,7 +28,8 @@ def read(file: Path) -> list[Row]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def _median(row: Row) -> float:
+def median(row: Row) -> float:
+    """Seconds a step."""
     return statistics.median(row["seconds"])
 
 
@@ -52,7 +53,8 @@ def _counted(row: Row) -> str:
     return f"{row['predicted'] / 1e6:.2f} / {row['received'] / 1e6:.2f} ({over:+.1%})"
 
 
-def _groups(rows: Iterable[Row]) -> dict[tuple[str, int, str], dict[str, Row]]:
+def groups(rows: Iterable[Row]) -> dict[tuple[str, int, str], dict[str, Row]]:
+    """Rows by (workload, processes, rate), then by method."""
     out: dict[tuple[str, int, str], dict[str, Row]] = {}
     for row in rows:
         out.setdefault((row["workload"], row["processes"], row["rate"]), {})[row["method"]] = row
@@ -64,11 +66,12 @@ def table(rows: list[Row]) -> str:
     head = ("workload", "n", "link", "method", "ms a step", "ms of exchange",
             "steps/s over lion fp32", "MB received a step: ledger / counted")  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for (workload, n, rate), methods in _groups(rows).items():
-        local, base = methods.get("local"), methods.get("lion fp32")
+    for (workload, n, rate), methods in groups(rows).items():
+        base = methods.get("lion fp32")
         for name, row in methods.items():
-            exchange = f"{1e3 * (_median(row) - _median(local)):.0f}" if local else ""
-            cells = (workload, str(n), rate, name, f"{1e3 * _median(row):.0f}", exchange,
+            local = methods.get("torch local" if name.startswith("torch") else "local")
+            exchange = f"{1e3 * (median(row) - median(local)):.0f}" if local else ""
+            cells = (workload, str(n), rate, name, f"{1e3 * median(row):.0f}", exchange,
                      _ratio(row, base), _counted(row))  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -83,7 +86,7 @@ def _plot_speed(rows: list[Row], folder: Path) -> None:
     for ax, (workload, n) in zip(axes[0], panels, strict=True):
         here = [r for r in rows if (r["workload"], r["processes"]) == (workload, n)]
         for name in dict.fromkeys(r["method"] for r in here):
-            points = sorted((BITS[r["rate"]], 1 / _median(r)) for r in here if r["method"] == name)
+            points = sorted((BITS[r["rate"]], 1 / median(r)) for r in here if r["method"] == name)
             style = {"linestyle": ":", "color": "black"} if name == "local" else {"marker": "o"}
             ax.plot(*zip(*points, strict=True), label=name, **style)
         ax.set(xscale="log", yscale="log", xlabel="bits a second (40 Gbit/s: unshaped)",

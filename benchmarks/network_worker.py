@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """One process of network.py: trains with every method in turn, and notes seconds and bytes.
 
-It is started by network.py with one argument, a JSON object; writes its own rows to a file.
+It is started by network.py with one argument, a JSON object.
+torch_worker.py is its twin for the methods of PyTorch; how both measure is network_rounds.py's.
 """
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +20,12 @@ if __name__ == "__main__":  # before anything of JAX runs
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
 
 import jax.numpy as jnp
-import netns
+import network_rounds
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
+from network_methods import DENSE, VOTES
 
 import distlion_jax as dl
 
@@ -57,25 +58,27 @@ def _vote(**options: Any) -> Method:
     return Method(tx, lambda g: g, lambda tree, n: dl.wire_cost(tree, n, **options), votes=True)
 
 
-def _dense(dtype: Any) -> Method:
+def _dense(name: str) -> Method:
     # gloo has no bfloat16 and sends float32 instead: the counters show it.
-    name = {jnp.float32: "f32", jnp.bfloat16: "bf16"}[dtype]
+    dtype = {"f32": jnp.float32, "bf16": jnp.bfloat16}[name]
     tx = optax.lion(LR, weight_decay=WD)
     cost = lambda tree, n: dl.full_precision_cost(tree, n, name)  # noqa: E731
     return Method(tx, _mean(dtype), cost, votes=False)
 
 
-METHODS = {
-    "local": lambda: Method(
-        optax.lion(LR, weight_decay=WD), lambda g: g, lambda tree, n: None, votes=True
-    ),
-    "lion fp32": lambda: _dense(jnp.float32),
-    "lion bf16": lambda: _dense(jnp.bfloat16),
-    "majority": lambda: _vote(transport="auto"),
-    "majority, coin": lambda: _vote(ties="coin", transport="auto"),
-    "majority, all_gather": lambda: _vote(ties="coin", transport="all_gather"),
-    "average": lambda: _vote(aggregation="average", transport="auto"),
-}
+def make_method(name: str) -> Method:
+    """The method of that name."""
+    if name == "local":
+        tx = optax.lion(LR, weight_decay=WD)
+        return Method(tx, lambda g: g, lambda tree, n: None, votes=True)
+    return _vote(**VOTES[name]) if name in VOTES else _dense(DENSE[name])
+
+
+def linear_loss(params: Any, x: jax.Array) -> jax.Array:
+    """Mean square of what comes out of the layers, as in torch_worker.py."""
+    for i in range(MATRICES):
+        x = x @ params[f"w{i}"]
+    return jnp.mean(x**2)
 
 
 def workload(name: str, mesh: Any) -> tuple[Any, Any, Callable[[Any, Any], Any]]:
@@ -91,6 +94,13 @@ def workload(name: str, mesh: Any) -> tuple[Any, Any, Callable[[Any, Any], Any]]
             for k, x in mine.items()
         }
         return params, batch, lambda params, batch: jax.tree.map(lambda x: x[0], batch)
+    if name == "linear":
+        params = {
+            f"w{i}": rng.standard_normal((SIDE, SIDE), np.float32) / 32 for i in range(MATRICES)
+        }
+        batch = spread(rng.standard_normal((n, SIDE), np.float32), sharding)
+        gradient = dl.local_value_and_grad(linear_loss)
+        return params, batch, lambda params, batch: gradient(params, batch)[1]
     width, layers = {"small": (128, 2), "large": (512, 8)}[name]
     model = Transformer(CHARACTERS, layers, width)
     text = rng.integers(0, CHARACTERS, (n * SEQUENCES, CONTEXT + 1), np.int32)
@@ -117,7 +127,7 @@ def make_step(method: Method, gradient: Callable[[Any, Any], Any], mesh: Any) ->
 
 def prepare(name: str, params: Any, gradient: Any, mesh: Any) -> tuple[Any, Any, Any]:
     """Step, parameters and state of one method."""
-    method = METHODS[name]()
+    method = make_method(name)
     step = make_step(method, gradient, mesh)
     if method.votes:
         state = dl.init_state(method.tx, params, mesh)
@@ -126,41 +136,41 @@ def prepare(name: str, params: Any, gradient: Any, mesh: Any) -> tuple[Any, Any,
     return step, dl.replicate(params, mesh), state
 
 
-def measure(task: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of seconds and bytes, one a method; the methods alternate within each round."""
-    mesh = dl.worker_mesh()
-    params, batch, gradient = workload(task["workload"], mesh)
-    ready = {name: prepare(name, params, gradient, mesh) for name in task["methods"]}
-    rows = {name: {"method": name, "seconds": [], "received": [], "sent": []} for name in ready}
-    began, done = time.monotonic(), 0
-    while done < task["rounds"] + 1:
-        for name, (step, params, state) in ready.items():
-            multihost_utils.sync_global_devices(name)
-            before, start = netns.counters(task["interface"]), time.perf_counter()
-            params, state = jax.block_until_ready(step(params, state, batch))
-            seconds, after = time.perf_counter() - start, netns.counters(task["interface"])
-            ready[name] = step, params, state
-            if done:  # the first round compiles
-                rows[name]["seconds"].append(seconds)
-                rows[name]["received"].append(after[0] - before[0])
-                rows[name]["sent"].append(after[1] - before[1])
-        done += 1
-        late = time.monotonic() - began > task["budget"] and done > 3
-        if multihost_utils.process_allgather(np.array(late)).any():
-            break
-    for name, row in rows.items():
-        cost = METHODS[name]().cost(params, mesh.size)
-        row["predicted"] = cost.bytes_received if cost else 0
-        row["transport"] = cost.transport if cost else ""
-        row["parameters"] = sum(x.size for x in jax.tree.leaves(params))
-    return list(rows.values())
+class Runner:
+    """One method, ready to step, for network_rounds."""
+
+    warmup = 1  # compiles
+
+    def __init__(self, name: str, params: Any, batch: Any, gradient: Any, mesh: Any) -> None:
+        cost = make_method(name).cost(params, mesh.size)
+        self.facts = {
+            "predicted": cost.bytes_received if cost else 0,
+            "transport": cost.transport if cost else "",
+            "parameters": sum(x.size for x in jax.tree.leaves(params)),
+            "versions": {"jax": jax.__version__},
+        }
+        self.batch = batch
+        self.step, self.params, self.state = prepare(name, params, gradient, mesh)
+
+    def run(self) -> None:
+        """One step, waited for."""
+        self.params, self.state = jax.block_until_ready(
+            self.step(self.params, self.state, self.batch)
+        )
 
 
 def main() -> int:
     """Joins the others, measures, writes."""
     n, i = TASK["processes"], TASK["process"]
     dl.join(TASK["coordinator"], n, i, program=json.dumps(TASK["methods"]), timeout=60)
-    Path(TASK["out"]).write_text(json.dumps(measure(TASK)))
+    mesh = dl.worker_mesh()
+    inputs = workload(TASK["workload"], mesh)
+    runners = {name: Runner(name, *inputs, mesh) for name in TASK["methods"]}
+
+    def anyone(late: bool) -> bool:
+        return bool(multihost_utils.process_allgather(np.array(late)).any())
+
+    network_rounds.measure(runners, TASK["interface"], multihost_utils.sync_global_devices, anyone)
     return 0
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def machine() -> dict[str, Any]:
@@ -37,6 +38,14 @@ def machine() -> dict[str, Any]:
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
     }
+
+
+def make_tree(millions: float, dtype: Any, key: int) -> dict[str, jax.Array]:
+    """Square matrices of 1024 x 1024 and a bias each, about the size asked for."""
+    count = max(1, round(millions * 1e6 / (1024 * 1025)))
+    keys = jax.random.split(jax.random.key(key), count)
+    tree = {f"w{i}": jax.random.normal(k, (1024, 1024), dtype) for i, k in enumerate(keys)}
+    return tree | {f"b{i}": jnp.ones((1024,), dtype) for i in range(count)}
 
 
 def paired(

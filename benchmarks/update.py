@@ -24,14 +24,6 @@ LR, WD = 1e-4, 0.1
 MESH = worker_mesh(1)
 
 
-def make_tree(millions: float, dtype: Any, key: int) -> dict[str, jax.Array]:
-    """Square matrices of 1024 x 1024 and a bias each, about the size asked for."""
-    count = max(1, round(millions * 1e6 / (1024 * 1025)))
-    keys = jax.random.split(jax.random.key(key), count)
-    tree = {f"w{i}": jax.random.normal(k, (1024, 1024), dtype) for i, k in enumerate(keys)}
-    return tree | {f"b{i}": jnp.ones((1024,), dtype) for i in range(count)}
-
-
 def optax_step(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any]]:
     """The ordinary step: update and apply."""
 
@@ -70,7 +62,7 @@ def passes(compiled: Any, parameters: int, item: int) -> float:
 
 def measure(millions: float, dtype: Any, rounds: int) -> dict[str, Any]:
     """Times all candidates on one tree; returns figures by candidate."""
-    grads = make_tree(millions, dtype, 1)
+    grads = timing.make_tree(millions, dtype, 1)
     parameters = sum(x.size for x in grads.values())
     lion = optax.lion(LR, weight_decay=WD)
     guarded = optax.apply_if_finite(lion, 5)
@@ -82,7 +74,7 @@ def measure(millions: float, dtype: Any, rounds: int) -> dict[str, Any]:
     }
     runs, count = {}, {}
     for name, (step, init) in steps.items():
-        params = make_tree(millions, dtype, 2)
+        params = timing.make_tree(millions, dtype, 2)
         state = init(params)
         count[name] = passes(step.lower(params, state, grads).compile(), parameters, dtype.itemsize)
         runs[name] = timing.donating(step, (params, state), grads)

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What network.py compares, by the names that its tables use; imports nothing."""
+
+DENSE = {"lion fp32": "f32", "lion bf16": "bf16"}  # dtype of the all-reduced gradients
+VOTES: dict[str, dict[str, object]] = {  # options of distributed_lion
+    "majority": {},
+    "majority, 8 chunks": {"chunks": 8},
+    "majority, coin": {"ties": "coin"},
+    "majority, coin, 8 chunks": {"ties": "coin", "chunks": 8},
+    "majority, all_gather": {"ties": "coin", "transport": "all_gather"},
+    "majority, psum": {"transport": "psum"},
+    "average": {"aggregation": "average"},
+    "average, two_phase": {"aggregation": "average", "transport": "two_phase"},
+}
+METHODS = ("local", *DENSE, *VOTES)
+PEERS = ("torch local", "torch ddp", "torch ddp fp16", "torch ddp powersgd")
