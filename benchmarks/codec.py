@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -88,9 +87,8 @@ def exchange(layout: words.Layout) -> tuple[Callable[[], Any], float]:
 
 def candidates(millions: float) -> tuple[dict[str, Callable[[], Any]], dict[str, float], int]:
     """The stages, the bytes a parameter that each must touch, and the number of parameters."""
-    grads, mu = (
-        timing.make_tree(millions, jnp.float32, 1),
-        timing.make_tree(millions, jnp.float32, 2),
+    grads, mu, params, updated, moved, copied = (
+        timing.make_tree(millions, jnp.float32, key) for key in range(6)
     )
     flat, treedef = jax.tree.flatten(grads)
     layout = words.Layout([x.shape for x in flat])
@@ -120,18 +118,17 @@ def candidates(millions: float) -> tuple[dict[str, Callable[[], Any]], dict[str,
     ballots = random_ballots(0, 8, ledger.slice_groups(layout, 8))
     planes = (mine.votes, mine.present)
     count, cast_jit = jax.jit(judge), jax.jit(cast)
-    params, other = (timing.make_tree(millions, jnp.float32, key) for key in (3, 4))
     apply_jit, momentum_jit = (jax.jit(f, donate_argnums=0) for f in (apply, momentum))
     whole_jit = jax.jit(whole, donate_argnums=(0, 1))
     copy = jax.jit(lambda t: (jax.tree.map(lambda x: x + 1.0, t),), donate_argnums=0)
     word = 4 * (words.BLOCK + 1) / words.GROUP  # bytes of votes and presence, a parameter
     runs = {
-        "copy": timing.donating(copy, (timing.make_tree(millions, jnp.float32, 5),)),
+        "copy": timing.donating(copy, (copied,)),
         "cast": lambda: cast_jit(grads, mu),
         "count, n=8": lambda: count(ballots),
         "apply": timing.donating(apply_jit, (params,), planes),
-        "momentum": timing.donating(momentum_jit, (mu,), grads),
-        "optax.lion": timing.donating(whole_jit, (other, lion.init(other)), grads),
+        "momentum": timing.donating(momentum_jit, (moved,), grads),
+        "optax.lion": timing.donating(whole_jit, (updated, lion.init(updated)), grads),
     }
     touch = {"copy": 8.0, "cast": 8 + word, "count, n=8": word + word / 8, "apply": 8 + word,
              "momentum": 12.0, "optax.lion": 20.0}  # fmt: skip

@@ -120,6 +120,11 @@ def measure(args: argparse.Namespace, file: Path) -> None:
                     bar.update()
 
 
+def has_torch() -> bool:
+    """Whether PyTorch can be imported."""
+    return importlib.util.find_spec("torch") is not None
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     p = argparse.ArgumentParser(
@@ -141,7 +146,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if min(args.processes) < 2:
         p.error("--processes: at least 2, or there is no network")
-    if args.peers and importlib.util.find_spec("torch") is None:
+    if args.peers and not has_torch():
         p.error("--peers needs PyTorch: pip install torch (a build for CPU is enough)")
     if args.peers and "linear" not in args.workloads:
         p.error("--peers measures the workload `linear` only: add it to --workloads")

@@ -5,7 +5,9 @@ In:  ``results.jsonl``, a line a cell. Out: a Markdown table, and plots of steps
 bandwidth and of bytes counted against bytes predicted.
 """
 
+import itertools
 import json
+import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +19,8 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 Row = dict[str, Any]
+PLOTTED = ("local", "lion fp32", "majority", "majority, 8 chunks", "average", "torch ddp",
+           "torch ddp fp16", "torch ddp powersgd")  # fmt: skip
 BITS = {"unshaped": 4e10, "10gbit": 1e10, "1gbit": 1e9, "100mbit": 1e8, "10mbit": 1e7,
         "loopback": 4e10}  # fmt: skip
 
@@ -77,23 +81,62 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def crossover(method: dict[str, Row], base: dict[str, Row]) -> float | None:
+    """Bits a second at which a method stops being ahead of the base; None if it never does.
+
+    Args:
+      method, base: their rows by rate. Between two rates the logarithms are interpolated.
+    """
+    rates = sorted(method.keys() & base.keys(), key=BITS.__getitem__)
+    leads = [math.log(median(base[r]) / median(method[r])) for r in rates]
+    for (slow, lead), (fast, less) in itertools.pairwise(zip(rates, leads, strict=True)):
+        if lead >= 0 > less:
+            share = lead / (lead - less)
+            return BITS[slow] * (BITS[fast] / BITS[slow]) ** share
+    return None
+
+
+def _verdict(by_rate: dict[str, dict[str, Row]], ax: Any) -> str:
+    """Marks where the majority and full precision cross; says so in words where they do not."""
+    if not {"majority", "lion fp32"} <= by_rate.keys():
+        return ""
+    method, base = by_rate["majority"], by_rate["lion fp32"]
+    where = crossover(method, base)
+    if where is not None:
+        ax.axvline(where, color="black", linewidth=0.8)
+        return f"\nmajority and fp32 cross at {where / 1e9:.2g} Gbit/s"
+    ahead = all(median(method[r]) <= median(base[r]) for r in method.keys() & base.keys())
+    return "\nno crossover: majority ahead everywhere" if ahead else "\nmajority behind"
+
+
 def _plot_speed(rows: list[Row], folder: Path) -> None:
     """Steps a second against bandwidth, a panel a workload and number of processes."""
-    panels = sorted({(r["workload"], r["processes"]) for r in rows})
+    workloads = list(dict.fromkeys(r["workload"] for r in rows))
+    numbers = sorted({r["processes"] for r in rows})
+    size = (4.2 * len(numbers), 3.4 * len(workloads))
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(4.2 * len(panels), 3.8), layout="constrained", squeeze=False
+        len(workloads), len(numbers), figsize=size, layout="constrained", squeeze=False
     )
-    for ax, (workload, n) in zip(axes[0], panels, strict=True):
-        here = [r for r in rows if (r["workload"], r["processes"]) == (workload, n)]
-        for name in dict.fromkeys(r["method"] for r in here):
-            points = sorted((BITS[r["rate"]], 1 / median(r)) for r in here if r["method"] == name)
-            style = {"linestyle": ":", "color": "black"} if name == "local" else {"marker": "o"}
-            ax.plot(*zip(*points, strict=True), label=name, **style)
+    for (y, workload), (x, n) in itertools.product(enumerate(workloads), enumerate(numbers)):
+        ax, by_method = axes[y][x], {}
+        for row in rows:
+            if (row["workload"], row["processes"]) == (workload, n):
+                by_method.setdefault(row["method"], {})[row["rate"]] = row
+        if not by_method:
+            ax.set_axis_off()
+            continue
+        for name in (name for name in PLOTTED if name in by_method):
+            points = sorted((BITS[rate], 1 / median(r)) for rate, r in by_method[name].items())
+            dots = {"linestyle": ":", "color": "black"} if name == "local" else {"marker": "o"}
+            dashes = {"linestyle": "--"} if name.startswith("torch") else {}
+            color = {} if name == "local" else {"color": f"C{PLOTTED.index(name) - 1}"}
+            ax.plot(*zip(*points, strict=True), label=name, **(dots | dashes | color))
+        ax.set_title(f"{workload}, {n} processes{_verdict(by_method, ax)}", fontsize=9)
         ax.set(xscale="log", yscale="log", xlabel="bits a second (40 Gbit/s: unshaped)",
-               ylabel="steps a second", title=f"{workload}, {n} processes")  # fmt: skip
+               ylabel="steps a second")  # fmt: skip
         ax.grid(alpha=0.25)
-    axes[0][0].legend(frameon=False, fontsize=8)
-    figure.savefig(folder / "speed.png", dpi=140)
+        ax.legend(frameon=False, fontsize=7)
+    figure.savefig(folder / "speed.png", dpi=120)
     plt.close(figure)
 
 

@@ -7,6 +7,11 @@ from distlion_jax.dense import AverageGradientsState as AverageGradientsState
 from distlion_jax.dense import ScaleByAveragedLionState as ScaleByAveragedLionState
 from distlion_jax.dense import average_gradients as average_gradients
 from distlion_jax.dense import scale_by_averaged_lion as scale_by_averaged_lion
+from distlion_jax.forecast import Forecast as Forecast
+from distlion_jax.forecast import Link as Link
+from distlion_jax.forecast import break_even as break_even
+from distlion_jax.forecast import forecast_all_reduce as forecast_all_reduce
+from distlion_jax.forecast import forecast_vote as forecast_vote
 from distlion_jax.ledger import Collective as Collective
 from distlion_jax.ledger import WireCost as WireCost
 from distlion_jax.ledger import compiled_collectives as compiled_collectives

@@ -173,7 +173,7 @@ def break_even(
     Examples:
       >>> bits = break_even(350_000_000, 32, Link(bandwidth=1e9), compute=0.4)
       >>> print(f"{bits / 1e9:.0f} Gbit/s")
-      78 Gbit/s
+      77 Gbit/s
     """
 
     def gain(exponent: float) -> float:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The network benchmark: real processes on shaped links, byte counts, and no trace left behind."""
 
+import importlib
 import json
 import os
 import shutil
@@ -41,6 +42,7 @@ def links():
     return [line for line in (listed + names).splitlines() if " dl" in f" {line}"]
 
 
+RATE = {True: ["--rates", "1gbit"], False: []}
 SMALL = ["--workloads", "small", "--processes", 2, "--rounds", 3]
 
 
@@ -93,8 +95,53 @@ def test_loopback_needs_no_root(tmp_path):
     assert set(rows(tmp_path)) == {("loopback", "local"), ("loopback", "majority")}
 
 
-def test_one_process_is_no_network(tmp_path):
-    process = start(tmp_path, "--processes", 1)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert "--processes: at least 2" in errors
+@pytest.mark.slow
+def test_peers_of_pytorch(tmp_path):
+    """DDP sends 32 bits a parameter, its hooks less; needs PyTorch, which .ci/run installs."""
+    pytest.importorskip("torch")
+    flags = ["--workloads", "linear", "--processes", 2, "--rounds", 3, "--methods", "local"]
+    root = os.geteuid() == 0
+    process = start(tmp_path, *flags, "--peers", *([] if root else ["--loopback"]), *RATE[root])
+    text, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    for method in ("torch local", "torch ddp", "torch ddp fp16", "torch ddp powersgd"):
+        assert f"| {method} |" in text
+    if root:
+        bits = {m: 8 * r["received"] / r["parameters"] for (_, m), r in rows(tmp_path).items()}
+        assert 32 < bits["torch ddp"] < 33.6
+        assert 16 < bits["torch ddp fp16"] < 16.8
+        assert bits["torch ddp powersgd"] < 0.1
+
+
+def refused(monkeypatch, capsys, *flags, torch=True):
+    """What network.py says of a command line that it does not take."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    network = importlib.import_module("network")
+    monkeypatch.setattr(network, "has_torch", lambda: torch)
+    with pytest.raises(SystemExit, match="2"):
+        network.parse(list(flags))
+    return capsys.readouterr().err
+
+
+def test_one_process_is_no_network(monkeypatch, capsys):
+    assert "--processes: at least 2" in refused(monkeypatch, capsys, "--processes", "1")
+
+
+def test_peers_need_pytorch_and_their_workload(monkeypatch, capsys):
+    said = refused(monkeypatch, capsys, "--peers", torch=False)
+    assert "--peers needs PyTorch: pip install torch" in said
+    said = refused(monkeypatch, capsys, "--peers")
+    assert "--peers measures the workload `linear` only: add it to --workloads" in said
+
+
+def test_crossovers_are_found_between_two_rates(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    report = importlib.import_module("network_report")
+
+    def rows(**seconds):
+        return {rate: {"seconds": [s]} for rate, s in seconds.items()}
+
+    rates = {"100mbit": 1.0, "10gbit": 1.0}
+    assert report.crossover(rows(**rates), rows(**{"100mbit": 2.0, "10gbit": 0.5})) == 1e9
+    assert report.crossover(rows(**rates), rows(**{"100mbit": 2.0, "10gbit": 1.5})) is None
+    assert report.crossover(rows(**rates), rows(**{"100mbit": 0.2, "10gbit": 0.5})) is None

@@ -23,6 +23,7 @@ ORDER = [
     "wire",
     "tally",
     "ledger",
+    "forecast",
     "vote",
     "checks",
     "lion",

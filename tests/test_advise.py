@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adviser: what it says of a slow and of a fast cluster, and of words it cannot read."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ADVISE = Path(__file__).resolve().parent.parent / "examples" / "advise.py"
+SLOW = ["--parameters", "350m", "--workers", "32", "--bandwidth", "1gbit", "--step-time", "0.4s"]
+FAST = ["--parameters", "7b", "--workers", "64", "--per-node", "8", "--bandwidth", "400 Gbit/s",
+        "--latency", "10us", "--tokens", "8192"]  # fmt: skip
+
+
+def advise(*flags, code=0):
+    done = subprocess.run(
+        [sys.executable, str(ADVISE), *map(str, flags)], capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stderr
+    return done.stderr if code else done.stdout
+
+
+def test_worth_it_on_a_slow_link(tmp_path):
+    said = advise(*SLOW, "--plot", tmp_path / "new" / "advice.png")
+    assert "350 M parameters, 32 workers, 1 on a link of 1 Gbit/s" in said
+    assert "| majority, coin ties (two_phase) | 85.5 MB | 684 ms | - | 1.09 s | 10.11 |" in said
+    assert "Worth it: 10.11 times" in said
+    assert "ahead up to 37.7 Gbit/s" in said
+    assert (tmp_path / "new" / "advice.png").stat().st_size > 10_000
+
+
+def test_not_worth_it_on_a_fast_one():
+    said = advise(*FAST)
+    assert "Not worth it here: 0.81 times the steps per second, that is fewer." in said
+    assert "84.0 GB a worker" in said
+
+
+def test_survey():
+    said = advise("--survey")
+    rows = [line.split("|") for line in said.splitlines() if line.startswith("| ")]
+    assert len(rows) == 5
+    assert {len(row) for row in rows} == {16}
+    assert "no (" in rows[1][3]  # 400 Gbit/s
+    assert float(rows[4][-2]) > 10  # 70 B parameters, 1 Gbit/s, 4096 workers
+
+
+def without(name):
+    i = SLOW.index(name)
+    return [*SLOW[:i], *SLOW[i + 2 :]]
+
+
+CASES = {
+    "--bandwidth is needed (or --survey)": without("--bandwidth"),
+    "either --step-time, which is better, or --tokens is needed": without("--step-time"),
+    "--workers: at least 2, or nothing is exchanged": [*SLOW, "--workers", 1],
+    "--per-node 5 does not divide --workers 32": [*SLOW, "--per-node", 5],
+    "'fast' is not a bandwidth, as 100mbit or 25gbit": [*SLOW, "--bandwidth", "fast"],
+    "'0gbit' is not a bandwidth": [*SLOW, "--bandwidth", "0gbit"],
+    "'1gbyte' is not a bandwidth": [*SLOW, "--bandwidth", "1gbyte"],
+    "'5 minutes' is not a time, as 50us, 3ms or 0.4s": [*SLOW, "--latency", "5 minutes"],
+    "'-7b' is not a positive number": [*SLOW, "--parameters=-7b"],
+    "'1.5' is not in [0, 1]": [*SLOW, "--overlap", "1.5"],
+    "'0' is not a positive whole number": [*SLOW, "--workers", "0"],
+}
+
+
+@pytest.mark.parametrize("message", CASES)
+def test_what_it_cannot_read(message):
+    assert message in advise(*CASES[message], code=2)
