@@ -2,18 +2,20 @@
 """What turning floats into votes and back costs, by stages, and counting at n = 8, 32, 128.
 
     python benchmarks/codec.py            # all cores, or the GPU or TPU that JAX finds
-    taskset -c 0 python benchmarks/codec.py   # one core, the README's figure
+    taskset -c 0 python benchmarks/codec.py   # one core
 
 Stages: cast (blend, pack, presence, finite check), exchange (both phases of two_phase, where there
 are several devices: the 8 virtual ones of a CPU, that is copies in memory), count (tally of n
 ballots and the verdict, as a worker does under each transport), apply (unpack, weight decay,
 learning rate), momentum. Beside each stand the bytes that it must touch, and how near it comes to
-the rate of a copy in the same run. Ballots of other workers are random words; ties take coins,
-health is off. What the codec (cast, count, apply) takes of a training step is told against the
-gradient of a transformer of about the same size (examples/models.py: needs Flax), in the same run.
+the rate of a copy in the same run. The codec (cast, count, apply) is then told as a share of a
+training step, whose gradient is that of the example's models and of a larger transformer
+(examples/models.py: needs Flax). Ballots of other workers are random words; ties take coins, health
+is off.
 """
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,10 +33,11 @@ from distlion_jax import ballot, ledger, tally, vote, wire, words, worker_mesh
 from distlion_jax.rules import Rules
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
-from models import Transformer, make_loss
+from models import ConvNet, Transformer, make_loss
 
-WIDTH, SEQUENCES, CONTEXT, CHARACTERS = 512, 4, 64, 84
+SEQUENCES, CONTEXT, CHARACTERS, IMAGES = 4, 64, 84, 16  # a worker's batch, as in examples/train.py
 RULES = Rules(ties="coin", health="off")
+Runs = dict[str, Callable[[], Any]]
 
 
 def random_ballots(key: int, n: int, groups: int) -> ballot.Ballot:
@@ -51,15 +54,55 @@ def judge(ballots: ballot.Ballot) -> Any:
     return tally.majority(counted, "coin", words.coins(jnp.int32(3), 0, 0, groups))
 
 
-def gradient(millions: float) -> Callable[[], Any]:
-    """One worker's gradient: a transformer of about so many parameters, the example's batch."""
-    layers = max(1, round(millions * 1e6 / (12 * WIDTH**2)))
-    model = Transformer(CHARACTERS, layers, WIDTH, heads=8)
-    text = jax.random.randint(jax.random.key(4), (SEQUENCES, CONTEXT + 1), 0, CHARACTERS)
-    batch = {"x": text[:, :-1], "y": text[:, 1:]}
-    params = jax.jit(model.init)(jax.random.key(5), batch["x"])["params"]
-    step = jax.jit(jax.grad(make_loss(model)))
-    return lambda: step(params, batch)
+def models(millions: float) -> dict[str, tuple[Any, Any]]:
+    """Models by name, with a worker's batch: the example's two, and one of about that size."""
+    text = np.random.default_rng(4).integers(0, CHARACTERS, (SEQUENCES, CONTEXT + 1), np.int32)
+    images = np.random.default_rng(5).integers(0, 256, (IMAGES, 28, 28, 1)).astype(np.uint8)
+    characters = {"x": text[:, :-1], "y": text[:, 1:]}
+    large = Transformer(CHARACTERS, max(1, round(millions * 1e6 / (12 * 512**2))), 512, heads=8)
+    return {
+        "example, text": (Transformer(CHARACTERS), characters),
+        "example, images": (ConvNet(10), {"x": images, "y": np.arange(IMAGES) % 10}),
+        "larger transformer": (large, characters),
+    }
+
+
+def like(tree: Any, key: int) -> Any:
+    """Random numbers in the tree's shapes."""
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(key), len(leaves))
+    made = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    return treedef.unflatten(made)
+
+
+def codec(params: Any) -> tuple[Runs, words.Layout]:
+    """Cast, count and apply, each ready to run, for parameters of these shapes."""
+    flat, treedef = jax.tree.flatten(params)
+    layout = words.Layout([x.shape for x in flat])
+    one, zero = jnp.int32(1), jnp.int32(0)
+    tail = optax.chain(optax.add_decayed_weights(0.1), optax.scale_by_learning_rate(1e-4))
+
+    def cast(g: Any, m: Any) -> Any:
+        leaves = jax.tree.leaves(g), jax.tree.leaves(m)
+        return ballot.cast(layout, *leaves, RULES, 0.9, 0.0, one, zero, zero)
+
+    def apply(p: Any, planes: Any) -> Any:
+        verdict = vote.Verdict(planes, one, one, zero, zero)
+        direction = vote.decode(verdict, layout, RULES, [x.dtype for x in flat])
+        updates, _ = tail.update(treedef.unflatten(direction), tail.init(p), p)
+        return (optax.apply_updates(p, updates),)
+
+    grads, mu = like(params, 1), like(params, 2)
+    cast_jit, count = jax.jit(cast), jax.jit(judge)
+    mine = cast_jit(grads, mu)
+    ballots = random_ballots(0, 8, ledger.slice_groups(layout, 8))
+    apply_jit = jax.jit(apply, donate_argnums=0)
+    planes = (mine.votes, mine.present)
+    return {
+        "cast": lambda: cast_jit(grads, mu),
+        "count, n=8": lambda: count(ballots),
+        "apply": timing.donating(apply_jit, (like(params, 3),), planes),
+    }, layout
 
 
 def exchange(layout: words.Layout) -> tuple[Callable[[], Any], float]:
@@ -85,27 +128,9 @@ def exchange(layout: words.Layout) -> tuple[Callable[[], Any], float]:
     return lambda: run(rows), 2 * mesh.size * cost.bytes_received / layout.size
 
 
-def candidates(millions: float) -> tuple[dict[str, Callable[[], Any]], dict[str, float], int]:
-    """The stages, the bytes a parameter that each must touch, and the number of parameters."""
-    grads, mu, params, updated, moved, copied = (
-        timing.make_tree(millions, jnp.float32, key) for key in range(6)
-    )
-    flat, treedef = jax.tree.flatten(grads)
-    layout = words.Layout([x.shape for x in flat])
-    one, zero = jnp.int32(1), jnp.int32(0)
-    tail = optax.chain(optax.add_decayed_weights(0.1), optax.scale_by_learning_rate(1e-4))
-    lion = optax.lion(1e-4, weight_decay=0.1)
-
-    def cast(g: Any, m: Any) -> Any:
-        return ballot.cast(
-            layout, jax.tree.leaves(g), jax.tree.leaves(m), RULES, 0.9, 0.0, one, zero, zero
-        )
-
-    def apply(p: Any, planes: Any) -> Any:
-        verdict = vote.Verdict(planes, one, one, zero, zero)
-        direction = vote.decode(verdict, layout, RULES, [x.dtype for x in flat])
-        updates, _ = tail.update(treedef.unflatten(direction), tail.init(p), p)
-        return (optax.apply_updates(p, updates),)
+def others(params: Any) -> Runs:
+    """What the stages are compared with: a copy, the momentum, and the whole of optax.lion."""
+    lion, grads = optax.lion(1e-4, weight_decay=0.1), like(params, 4)
 
     def momentum(m: Any, g: Any) -> Any:
         return (jax.tree.map(lambda m, g: 0.99 * m + 0.01 * g, m, g),)
@@ -114,57 +139,64 @@ def candidates(millions: float) -> tuple[dict[str, Callable[[], Any]], dict[str,
         updates, state = lion.update(g, state, p)
         return optax.apply_updates(p, updates), state
 
-    mine = jax.jit(cast)(grads, mu)
-    ballots = random_ballots(0, 8, ledger.slice_groups(layout, 8))
-    planes = (mine.votes, mine.present)
-    count, cast_jit = jax.jit(judge), jax.jit(cast)
-    apply_jit, momentum_jit = (jax.jit(f, donate_argnums=0) for f in (apply, momentum))
-    whole_jit = jax.jit(whole, donate_argnums=(0, 1))
-    copy = jax.jit(lambda t: (jax.tree.map(lambda x: x + 1.0, t),), donate_argnums=0)
-    word = 4 * (words.BLOCK + 1) / words.GROUP  # bytes of votes and presence, a parameter
-    runs = {
-        "copy": timing.donating(copy, (copied,)),
-        "cast": lambda: cast_jit(grads, mu),
-        "count, n=8": lambda: count(ballots),
-        "apply": timing.donating(apply_jit, (params,), planes),
-        "momentum": timing.donating(momentum_jit, (moved,), grads),
-        "optax.lion": timing.donating(whole_jit, (updated, lion.init(updated)), grads),
+    def copy(p: Any) -> Any:
+        return (jax.tree.map(lambda x: x + 1.0, p),)
+
+    copied, moved, updated = (like(params, key) for key in (5, 6, 7))
+    donated = {f: jax.jit(f, donate_argnums=0) for f in (copy, momentum)}
+    step = jax.jit(whole, donate_argnums=(0, 1))
+    return {
+        "copy": timing.donating(donated[copy], (copied,)),
+        "momentum": timing.donating(donated[momentum], (moved,), grads),
+        "optax.lion": timing.donating(step, (updated, lion.init(updated)), grads),
     }
+
+
+def stages(millions: float, rounds: int) -> dict[str, Any]:
+    """Times the stages on matrices, against a copy of them in the same rounds."""
+    params = timing.make_tree(millions, jnp.float32, 0)
+    runs, layout = codec(params)
+    runs = others(params) | runs
+    word = 4 * (words.BLOCK + 1) / words.GROUP  # bytes of votes and presence, a parameter
     touch = {"copy": 8.0, "cast": 8 + word, "count, n=8": word + word / 8, "apply": 8 + word,
              "momentum": 12.0, "optax.lion": 20.0}  # fmt: skip
     if len(jax.devices()) > 1:
         runs["exchange"], touch["exchange"] = exchange(layout)
-    return runs, touch, layout.size
-
-
-def stages(millions: float, rounds: int) -> dict[str, Any]:
-    """Times the stages on one tree, against a copy of it and the gradient of a model."""
-    runs, touch, size = candidates(millions)
-    times = timing.paired(runs | {"gradient": gradient(millions)}, rounds)
-    model = times.pop("gradient")
-    codec = [times[name] for name in ("cast", "count, n=8", "apply")]
-    sums = [sum(t, 0.0) for t in zip(*codec, strict=True)]
-    total = timing.quartiles(sums)
-    share = timing.quartiles([100 * c / (c + m) for c, m in zip(sums, model, strict=True)])
-    rates = sorted(size / t / 1e9 for t in total)
-    print(f"\ncodec, {size / 1e6:.1f} M parameters, float32, {rounds} rounds\n")
+    times, out = timing.paired(runs, rounds), {}
+    print(f"\n{layout.size / 1e6:.1f} M parameters, float32, {rounds} rounds\n")
     print("| stage      | ms      | bytes touched a parameter | GB/s   | of a copy's rate |")
     print("|------------|---------|---------------------------|--------|------------------|")
-    rows = {}
     for name, each in times.items():
         ms = 1e3 * timing.quartiles(each)[1]
-        speed = touch[name] * size / ms / 1e6
+        speed = touch[name] * layout.size / ms / 1e6
         pairs = zip(times["copy"], each, strict=True)
-        near = timing.quartiles([touch[name] / 8.0 * c / t for c, t in pairs])
-        rows[name] = {"ms": ms, "bytes": touch[name], "gigabytes_per_second": speed, "copy": near}
+        low, near, high = timing.quartiles([touch[name] / 8.0 * c / t for c, t in pairs])
         print(f"| {name:10} | {ms:7.2f} | {touch[name]:25.2f} | {speed:6.1f} |"
-              f" {near[1]:4.2f} ({near[0]:.2f}-{near[2]:.2f}) |")  # fmt: skip
-    print(f"\ncodec (cast, count, apply): {1e3 * total[1]:.2f} ms, {rates[1]:.2f} G parameters/s "
-          f"({rates[0]:.2f}-{rates[2]:.2f}); of a training step of {SEQUENCES} x {CONTEXT} "
-          f"characters a worker (gradient {1e3 * timing.quartiles(model)[1]:.0f} ms): "
-          f"{share[1]:.1f} % ({share[0]:.1f}-{share[2]:.1f})")  # fmt: skip
-    return {"parameters": size, "stages": rows, "giga_parameters_per_second": rates,
-            "percent_of_a_step": share}  # fmt: skip
+              f" {near:4.2f} ({low:.2f}-{high:.2f}) |")  # fmt: skip
+        out[name] = {"ms": ms, "bytes": touch[name], "of_copy": (low, near, high)}
+    return {"parameters": layout.size, "stages": out}
+
+
+def shares(millions: float, rounds: int) -> dict[str, Any]:
+    """Times the codec beside the gradient of the models: its share of a training step."""
+    print("\n| model              | parameters | gradient, ms | codec, ms | of a step, %     |")
+    print("|--------------------|------------|--------------|-----------|------------------|")
+    out = {}
+    for name, (model, batch) in models(millions).items():
+        params = jax.jit(model.init)(jax.random.key(5), batch["x"])["params"]
+        step = jax.jit(jax.grad(make_loss(model)))
+        runs, layout = codec(params)
+        gradient = functools.partial(step, params, batch)
+        times = timing.paired({"gradient": gradient, **runs}, rounds)
+        sums = [sum(t, 0.0) for t in zip(*(times[stage] for stage in runs), strict=True)]
+        pairs = zip(sums, times["gradient"], strict=True)
+        low, share, high = timing.quartiles([100 * c / (c + g) for c, g in pairs])
+        alone, ours = (1e3 * timing.quartiles(t)[1] for t in (times["gradient"], sums))
+        print(f"| {name:18} | {layout.size:10,} | {alone:12.1f} | {ours:9.2f} |"
+              f" {share:4.1f} ({low:.1f}-{high:.1f}) |")  # fmt: skip
+        out[name] = {"parameters": layout.size, "gradient_ms": alone, "codec_ms": ours,
+                     "percent": (low, share, high)}  # fmt: skip
+    return out
 
 
 def counting(millions: float, rounds: int) -> dict[str, Any]:
@@ -193,12 +225,13 @@ def counting(millions: float, rounds: int) -> dict[str, Any]:
 def main() -> int:
     """Runs the benchmark."""
     p = timing.parser(__doc__.splitlines()[0])  # type: ignore[union-attr]
-    p.add_argument("--millions", type=float, default=25.0, help="millions of parameters (stages)")
+    p.add_argument("--millions", type=float, default=25.0, help="millions of parameters")
     p.add_argument("--counting-millions", type=float, default=16.0, help="millions (counting)")
     args = p.parse_args()
     jax.config.update("jax_num_cpu_devices", 8)  # no accelerator's are
     results = {
-        "stages": stages(args.millions, args.rounds),
+        **stages(args.millions, args.rounds),
+        "shares": shares(args.millions, args.rounds),
         "counting": counting(args.counting_millions, args.rounds),
     }
     timing.write(args.out, results)
