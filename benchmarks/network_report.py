@@ -37,7 +37,7 @@ def median(row: Row) -> float:
     return statistics.median(row["seconds"])
 
 
-def _ratio(row: Row, base: Row | None) -> str:
+def ratio(row: Row, base: Row | None) -> str:
     """Speed against the base's, round by round: median and quartiles."""
     if base is None:
         return ""
@@ -76,7 +76,7 @@ def table(rows: list[Row]) -> str:
             local = methods.get("torch local" if name.startswith("torch") else "local")
             exchange = f"{1e3 * (median(row) - median(local)):.0f}" if local else ""
             cells = (workload, str(n), rate, name, f"{1e3 * median(row):.0f}", exchange,
-                     _ratio(row, base), _counted(row))  # fmt: skip
+                     ratio(row, base), _counted(row))  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
