@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     print(table(found))
     if args.plot:
         plot(found, args.plot)
-        print(f"wrote {args.plot}")
+        print(f"wrote {args.plot}", file=sys.stderr)
     return 0
 
 

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import distlion_jax as dl
 from distlion_jax import audit, reference
+from distlion_jax.forecast import exchange_seconds
 from tests.helpers import TREES, gradients, run
 
 ROOT = Path(dl.__file__).parent
@@ -151,8 +152,36 @@ def injected():
 half, ternary = {"mu_dtype": jnp.float16}, {"ballot": "ternary"}
 bools, ints, floats = jnp.ones((N, 2), bool), jnp.ones((N, 2), jnp.int32), jnp.ones(N)
 
+
+def forecast(f=dl.forecast_vote, parameters=1000, n=8, link=None, compute=1.0, **options):
+    link = dl.Link(1e9) if link is None else link
+    return lambda: f(parameters, n, link, compute, **options)
+
+
 # The message, with " ... " where it is cut short, and what it is an answer to.
 CASES = {
+    # Forecasts
+    "`parameters` must be a finite number above 0; got 0.": forecast(parameters=0),
+    "`link.bandwidth` must be a finite number above 0; got -1.": forecast(link=dl.Link(-1)),
+    "`link.latency` must be a finite number at least 0; got nan.": forecast(
+        link=dl.Link(1e9, float("nan"))
+    ),
+    "`compute` must be a finite number at least 0; got -0.1.": forecast(compute=-0.1),
+    "`codec` must be a finite number at least 0; got inf.": forecast(codec=float("inf")),
+    "`n` (workers) must be at least 2, or nothing is exchanged; got 1.": forecast(n=1),
+    "`link.per_node` must divide the 8 workers, into whole nodes; got 3.": forecast(
+        link=dl.Link(1e9, 0.0, 3)
+    ),
+    "`link.per_node` must divide the 8 workers, into whole nodes; got 0.": forecast(
+        link=dl.Link(1e9, 0.0, 0)
+    ),
+    "`overlap` must lie in [0, 1]; got 1.5.": forecast(dl.forecast_all_reduce, overlap=1.5),
+    "`dtype` must be one of 'f32', 'bf16'; got 'f16'.": forecast(
+        dl.forecast_all_reduce, dtype="f16"
+    ),
+    "`cost` has a collective of kind 'collective-permute'": lambda: exchange_seconds(
+        dl.WireCost("", 1, (dl.Collective("collective-permute", "f32", 1, N),)), dl.Link(1e9)
+    ),
     # Options
     "`aggregation` must be one of 'majority', 'average'; got 'x'.": option(aggregation="x"),
     "`transport` must be one of 'auto', 'all_gather', 'two_phase', 'psum'; got 'x'.": option(

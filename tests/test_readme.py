@@ -25,6 +25,15 @@ def test_wire_table_is_the_ledgers():
     assert table.strip() in README
 
 
+def test_network_tables_are_of_the_results_in_the_repository():
+    command = ["benchmarks/network_summary.py", "benchmarks/results/network.jsonl"]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    parts = done.stdout.strip().split("\n\n")
+    assert len(parts) == 5, done.stderr
+    for part in parts:
+        assert part in README
+
+
 def test_commands_are_complete():
     for name in ("main", "test"):
         (command,) = re.findall(rf"<!-- {name} command -->\n```bash\n(.*?)\n```", README, re.S)
