@@ -22,6 +22,7 @@ import importlib.util
 import itertools
 import json
 import sys
+import uuid
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,6 +103,7 @@ def run(job: Job, hosts: list[netns.Host] | None, args: argparse.Namespace, file
                 netns.shape(hosts, RATES[rate])
             rows = group.measure(cell | {"methods": methods}, args.limit)
             what = {"workload": job.workload, "processes": job.processes, "rate": rate}
+            what["run"] = uuid.uuid4().hex  # rounds are pairs within a run only
             with open(file, "a") as out:
                 for row in merge(what, rows):
                     row |= {} if hosts else {"received": None, "sent": None}
@@ -146,6 +148,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if min(args.processes) < 2:
         p.error("--processes: at least 2, or there is no network")
+    if min(args.rounds, args.least) < 1:
+        p.error("--rounds and --least: at least 1")
     if args.peers and not has_torch():
         p.error("--peers needs PyTorch: pip install torch (a build for CPU is enough)")
     if args.peers and "linear" not in args.workloads:

@@ -25,12 +25,21 @@ class Group:
     def __init__(self, script: str, hosts: list[netns.Host] | None, task: dict[str, Any]) -> None:
         self.folder, self.cells = tempfile.TemporaryDirectory(), 0
         self.running: list[subprocess.Popen[bytes]] = []
-        for i in range(task["processes"]):
-            command = [sys.executable, str(HERE / script), json.dumps(task | {"process": i})]
-            command = hosts[i].command(*command) if hosts else command
-            with open(self._log(i), "w") as log:
-                pipes = dict(stdin=subprocess.PIPE, stdout=log, stderr=log)
-                self.running.append(subprocess.Popen(command, **pipes))  # type: ignore[call-overload]
+        try:
+            for i in range(task["processes"]):
+                self._start(i, script, hosts, task)
+        except BaseException:  # also Ctrl-C
+            self.close()
+            raise
+
+    def _start(
+        self, i: int, script: str, hosts: list[netns.Host] | None, task: dict[str, Any]
+    ) -> None:
+        command = [sys.executable, str(HERE / script), json.dumps(task | {"process": i})]
+        command = hosts[i].command(*command) if hosts else command
+        with open(self._log(i), "w") as log:
+            pipes = dict(stdin=subprocess.PIPE, stdout=log, stderr=log)
+            self.running.append(subprocess.Popen(command, **pipes))  # type: ignore[call-overload]
 
     def _log(self, i: int) -> Path:
         return Path(self.folder.name, f"{i}.log")

@@ -38,9 +38,11 @@ def median(row: Row) -> float:
 
 
 def ratio(row: Row, base: Row | None) -> str:
-    """Speed against the base's, round by round: median and quartiles."""
+    """Speed against the base's, round by round: median and quartiles; ~ where not in one run."""
     if base is None:
         return ""
+    if any(row.get(key) != base.get(key) for key in ("run", "versions")):
+        return f"~{median(base) / median(row):.2f}"  # not in the same rounds
     each = [b / a for a, b in zip(row["seconds"], base["seconds"], strict=False)]
     if len(each) < 2:
         return f"{each[0]:.2f}"

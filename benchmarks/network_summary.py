@@ -88,7 +88,10 @@ def main(argv: list[str] | None = None) -> int:
     """Prints the tables."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     p.add_argument("results", type=Path, help="network.py's results.jsonl")
-    rows = read(p.parse_args(argv).results)
+    results = p.parse_args(argv).results
+    rows = read(results)
+    if {"exchange", "large", "linear"} - {row["workload"] for row in rows}:
+        p.error(f"{results} lacks one of the workloads exchange, large and linear")
     cells = groups(rows)
     votes = [("majority", 2), (CHUNKS, 2), ("majority", 4), (CHUNKS, 4), ("majority", 8)]
     print(speeds(cells, "exchange", votes), speeds(cells, "large", votes[:4]), exchanges(cells),

@@ -5,9 +5,11 @@ In:  sizes (parameters, workers), a link, and the seconds that a step takes with
 Out: the seconds that it takes with one: of the vote, and of the all-reduce that it replaces.
 
 The model is alpha-beta: a collective of n workers takes ``hops * alpha + bytes / beta``. Workers on
-one node share its link, and a ring crosses it once however many they are: it is the all-to-all of a
-``two_phase`` vote, and nothing else, that pays for each of them. An all-reduce can begin while the
-backward pass still runs, a vote cannot: it waits until the whole gradient is known to be finite.
+one node share its link, and what they exchange inside it costs nothing here. Across nodes,
+all-reduces and all-gathers are hierarchical (the best case for what the vote replaces: each byte
+enters a node once, however many workers it has); the all-to-all of a ``two_phase`` vote pays for
+each worker. An all-reduce can begin while the backward pass still runs, a vote cannot: it waits
+until the whole gradient is known to be finite.
 ``benchmarks/forecast_check.py`` holds the model against measurements.
 """
 
@@ -31,7 +33,7 @@ class Link(NamedTuple):
 
     bandwidth: float  # bits a second, each way, of the node's link, shared by its workers
     latency: float = 0.0  # seconds from one node to another, per message
-    per_node: int = 1  # workers that share the link
+    per_node: int = 1  # workers that share the link; inside a node the exchange is free
 
 
 class Forecast(NamedTuple):
@@ -43,24 +45,27 @@ class Forecast(NamedTuple):
     step: float  # compute, codec and what of the exchange is not hidden
 
 
-def _positive(name: str, value: Any, zero: bool = False) -> None:
+def _number(name: str, value: Any, least: float = 0.0) -> None:
     number = np.asarray(value)
-    fits = number.ndim == 0 and np.isfinite(number) and (number > 0 or (zero and number == 0))
-    if not fits:
-        least = "at least 0" if zero else "above 0"
-        raise ValueError(f"`{name}` must be a finite number {least}; got {value!r}.")
+    if not (number.ndim == 0 and np.isfinite(number) and number >= least):
+        raise ValueError(f"`{name}` must be a finite number of at least {least:g}; got {value!r}.")
 
 
-def _check(parameters: int, n: int, link: Link, compute: float) -> None:
-    _positive("parameters", parameters)
-    _positive("link.bandwidth", link.bandwidth)
-    _positive("link.latency", link.latency, zero=True)
-    _positive("compute", compute, zero=True)
-    if n < 2:
-        raise ValueError(f"`n` (workers) must be at least 2, or nothing is exchanged; got {n}.")
+def _check_link(link: Link, n: int) -> None:
+    _number("link.bandwidth", link.bandwidth, 1)
+    _number("link.latency", link.latency)
     if link.per_node < 1 or n % link.per_node:
         raise ValueError(
             f"`link.per_node` must divide the {n} workers, into whole nodes; got {link.per_node}."
+        )
+
+
+def _check(parameters: int, n: int, compute: float) -> None:
+    _number("parameters", parameters, 1)
+    _number("compute", compute)
+    if n != int(n) or n < 2:
+        raise ValueError(
+            f"`n` (workers) must be a whole number of at least 2, or nothing is exchanged; got {n}."
         )
 
 
@@ -89,6 +94,7 @@ def exchange_seconds(cost: WireCost, link: Link) -> float:
     """
     seconds = 0.0
     for c in cost.collectives:
+        _check_link(link, c.workers)
         hops = (c.workers // link.per_node - 1) * (2 if c.op == "all-reduce" else 1)
         seconds += hops * link.latency + 8 * _node_bytes(c, link.per_node) / link.bandwidth
     return seconds
@@ -116,9 +122,9 @@ def forecast_vote(
       >>> print(f"{vote.exchange:.2f} s of exchange, {vote.step:.2f} s a step")
       0.68 s of exchange, 1.09 s a step
     """
-    _check(parameters, n, link, compute)
-    _positive("codec", codec, zero=True)
-    cost = ledger.wire_cost(_shapes(parameters), n, **options)
+    _check(parameters, n, compute)
+    _number("codec", codec)
+    cost = ledger.wire_cost(_shapes(parameters), int(n), **options)
     exchange = exchange_seconds(cost, link)
     return Forecast(cost, exchange, 0.0, compute + codec * parameters + exchange)
 
@@ -132,7 +138,7 @@ def forecast_all_reduce(
     dtype: str = "f32",
     overlap: float = OVERLAP,
 ) -> Forecast:
-    """A step whose gradients are averaged by a ring all-reduce.
+    """A step whose gradients are averaged by an all-reduce (a ring over the nodes).
 
     Args:
       parameters, n, link, compute: as in :func:`forecast_vote`.
@@ -144,12 +150,12 @@ def forecast_all_reduce(
       >>> print(f"{full.exchange:.1f} s of exchange, {full.step:.1f} s a step")
       21.7 s of exchange, 21.8 s a step
     """
-    _check(parameters, n, link, compute)
+    _check(parameters, n, compute)
     if not 0 <= overlap <= 1:
         raise ValueError(f"`overlap` must lie in [0, 1]; got {overlap!r}.")
     if dtype not in ("f32", "bf16"):
         raise ValueError(f"`dtype` must be one of 'f32', 'bf16'; got {dtype!r}.")
-    cost = ledger.full_precision_cost(_shapes(parameters), n, dtype)
+    cost = ledger.full_precision_cost(_shapes(parameters), int(n), dtype)
     exchange = exchange_seconds(cost, link)
     hidden = min(exchange, overlap * compute)
     return Forecast(cost, exchange, hidden, compute + exchange - hidden)
@@ -168,7 +174,8 @@ def break_even(
 ) -> float:
     """Bandwidth in bits a second up to which the vote's step is the quicker one.
 
-    The link's own bandwidth is not read. Infinity: at any bandwidth; 0: at none.
+    The link's own bandwidth is not read. Infinity: at any bandwidth. 0: there is no such bandwidth,
+    as where the vote receives more bytes than the all-reduce (``all_gather`` among many workers).
 
     Examples:
       >>> bits = break_even(350_000_000, 32, Link(bandwidth=1e9), compute=0.4)
@@ -183,10 +190,10 @@ def break_even(
         return full.step - vote.step
 
     low, high = 2.0, 18.0
-    if gain(high) > 0:
-        return math.inf
     if gain(low) <= 0:
         return 0.0
+    if gain(high) > 0:
+        return math.inf
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if gain(middle) > 0 else (low, middle)

@@ -22,7 +22,7 @@ from distlion_jax.forecast import Forecast, Link
 
 GAIN = 1.1  # steps a second over the best all-reduce, from which on it is worth the trouble
 UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
-TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "": 1.0}
+TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 VOTES = {
     "majority, coin ties": {"ties": "coin"},
     "majority": {},
@@ -35,7 +35,9 @@ SURVEY_LATENCY = 10e-6
 FLOPS_PER_WEIGHT = 6  # a token, forward and backward
 
 
-def number(pattern: str, units: dict[str, float], what: str) -> Callable[[str], float]:
+def number(
+    pattern: str, units: dict[str, float], what: str, least: float = 1.0
+) -> Callable[[str], float]:
     """A parser of numbers with a unit, for argparse."""
 
     def parse(text: str) -> float:
@@ -44,17 +46,17 @@ def number(pattern: str, units: dict[str, float], what: str) -> Callable[[str], 
             value = float(match[1]) * units[match[2]] if match else math.nan
         except ValueError:
             value = math.nan
-        if not (value > 0 and math.isfinite(value)):
+        if not (value >= least and math.isfinite(value)):
             raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
         return value
 
     return parse
 
 
-_count = number(r"([kmbt]?)", UNITS, "a positive number, as 350m, 7b or 7e9")
+_count = number(r"([kmbt]?)", UNITS, "a number of at least 1, as 350m, 7b or 7e9")
 _bits = number(r"\s*([kmgt]?)bit(?:/s|ps)?", UNITS, "a bandwidth, as 100mbit or 25gbit")
 _flops = number(r"([kmgt]?)", UNITS, "a positive number, as 400t or 4e14")
-_time = number(r"\s*(us|ms|s|)", TIMES, "a time, as 50us, 3ms or 0.4s")
+_time = number(r"\s*(us|ms|s)", TIMES, "a time, as 50us, 3ms or 0.4s", 0.0)
 
 
 def _share(text: str) -> float:
@@ -82,9 +84,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--parameters", type=_count, metavar="N", help="of the model: 350m, 7b, 7e9")
     add("--workers", type=_whole, metavar="N", help="data-parallel workers (devices)")
     add("--bandwidth", type=_bits, metavar="X", help="of a node's link, each way: 1gbit, 400gbit")
-    add("--latency", type=_time, default=0.0, metavar="T", help="between nodes (default: 0)")
+    add("--latency", type=_time, default=0.0, metavar="T", help="between nodes (default: 0s)")
     add("--per-node", type=_whole, default=1, metavar="N",
-        help="workers that share a link (default: 1)")  # fmt: skip
+        help="workers that share a link; inside it all is free (default: 1)")  # fmt: skip
     add("--step-time", type=_time, metavar="T", help="of a step without exchange: 0.4s, 80ms")
     add("--tokens", type=_count, metavar="N",
         help="a worker and step: estimates the step time (6 FLOP a token and weight)")  # fmt: skip
@@ -96,7 +98,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="a parameter that the vote's update adds to Lion's (default: 9e-12 s)")  # fmt: skip
     add("--plot", type=Path, metavar="FILE", help="step times against bandwidth, as a PNG")
     add("--survey", action="store_true",
-        help="a table of models and clusters, by --tokens (default: 8192), --flops")  # fmt: skip
+        help="a table of models and clusters; of the others only --tokens, --flops, "
+        "--overlap and --codec matter then")  # fmt: skip
     return p
 
 
@@ -104,7 +107,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line, complete and consistent."""
     p = make_parser()
     args = p.parse_args(argv)
+    if args.plot and args.plot.suffix != ".png":
+        p.error(f"--plot {args.plot}: a file whose name ends in .png is written")
     if args.survey:
+        given = ("parameters", "workers", "bandwidth", "step_time", "plot")
+        for name in (name for name in given if getattr(args, name) is not None):
+            p.error(f"--survey has clusters of its own: leave out --{name.replace('_', '-')}")
         args.tokens = args.tokens or 8192
         return args
     lacking = [n for n in ("parameters", "workers", "bandwidth") if getattr(args, n) is None]
@@ -116,6 +124,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         p.error("--workers: at least 2, or nothing is exchanged")
     if args.workers % args.per_node:
         p.error(f"--per-node {args.per_node} does not divide --workers {args.workers}")
+    if args.workers == args.per_node:
+        p.error("--per-node: all workers on one node, which have no network to pay for")
     if args.step_time is None:
         args.step_time = compute_seconds(args.parameters, args)
     return args
@@ -146,7 +156,7 @@ def seconds(value: float) -> str:
     """A time, with a unit that fits."""
     if value >= 100:
         return f"{value:,.0f} s"
-    return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.3g} ms"
+    return f"{value:.2f} s" if value >= 0.9995 else f"{1e3 * value:.3g} ms"
 
 
 def table(steps: dict[str, Forecast]) -> str:
@@ -188,11 +198,11 @@ def verdict(steps: dict[str, Forecast], up_to: float) -> str:
     """One sentence: whether it pays, and where that ends."""
     ratio = gain(steps)
     where = (
-        "The two break even nowhere: the vote is ahead at any bandwidth."
+        "The vote is ahead at any bandwidth."
         if math.isinf(up_to)
         else f"The vote is ahead up to {bandwidth(up_to)}."
         if up_to
-        else "The vote is behind at any bandwidth."
+        else "There is no bandwidth up to which the vote is ahead."
     )
     if ratio >= GAIN:
         return f"Worth it: {ratio:.2f} times the steps per second of a bfloat16 all-reduce. {where}"
@@ -243,13 +253,13 @@ def plot(args: argparse.Namespace, link: Link, up_to: float) -> None:
 
 def survey(args: argparse.Namespace) -> str:
     """Steps per second over the quicker all-reduce's, for models, workers and links."""
-    head = ["parameters", "step without exchange"]
+    head = ["parameters", "GB a worker", "step without exchange"]
     pairs = list(itertools.product(SURVEY_LINKS, SURVEY_WORKERS))
     head += [f"{name}, n = {n}" for name, n in pairs]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for model, size in SURVEY_MODELS.items():
         compute = compute_seconds(size, args)
-        cells = [model, seconds(compute)]
+        cells = [model, f"{12 * size / 1e9:,.1f}", seconds(compute)]
         for name, n in pairs:
             link = Link(SURVEY_LINKS[name], SURVEY_LATENCY)
             ratio = gain(forecasts(size, n, link, compute, args))
@@ -267,7 +277,8 @@ def main(argv: list[str] | None = None) -> int:
             f"\nSteps per second of the majority (coin ties) over the quicker of a float32 and a "
             f"bfloat16 all-reduce; no: less than {GAIN:g} times, not worth it. One worker a link, "
             f"{1e6 * SURVEY_LATENCY:g} us, {args.tokens:,.0f} tokens a worker at "
-            f"{args.flops / 1e12:g} TFLOP/s, {args.overlap:.0%} of the step hides an all-reduce."
+            f"{args.flops / 1e12:g} TFLOP/s, {args.overlap:.0%} of the step hides an all-reduce. "
+            "Parameters, gradient and momentum are not sharded: GB a worker, in float32."
         )
         return 0
     link = Link(args.bandwidth, args.latency, args.per_node)

@@ -40,8 +40,8 @@ def test_survey():
     said = advise("--survey")
     rows = [line.split("|") for line in said.splitlines() if line.startswith("| ")]
     assert len(rows) == 5
-    assert {len(row) for row in rows} == {16}
-    assert "no (" in rows[1][3]  # 400 Gbit/s
+    assert {len(row) for row in rows} == {17}
+    assert "no (" in rows[1][4]  # 400 Gbit/s
     assert float(rows[4][-2]) > 10  # 70 B parameters, 1 Gbit/s, 4096 workers
 
 
@@ -59,7 +59,12 @@ CASES = {
     "'0gbit' is not a bandwidth": [*SLOW, "--bandwidth", "0gbit"],
     "'1gbyte' is not a bandwidth": [*SLOW, "--bandwidth", "1gbyte"],
     "'5 minutes' is not a time, as 50us, 3ms or 0.4s": [*SLOW, "--latency", "5 minutes"],
-    "'-7b' is not a positive number": [*SLOW, "--parameters=-7b"],
+    "'10' is not a time, as 50us": [*SLOW, "--latency", "10"],
+    "'0.5' is not a number of at least 1": [*SLOW, "--parameters", "0.5"],
+    "--per-node: all workers on one node": [*SLOW, "--per-node", 32],
+    "--plot x.txt: a file whose name ends in .png": [*SLOW, "--plot", "x.txt"],
+    "--survey has clusters of its own: leave out --workers": ["--survey", "--workers", 8],
+    "'-7b' is not a number of at least 1": [*SLOW, "--parameters=-7b"],
     "'1.5' is not in [0, 1]": [*SLOW, "--overlap", "1.5"],
     "'0' is not a positive whole number": [*SLOW, "--workers", "0"],
 }

@@ -161,14 +161,15 @@ def forecast(f=dl.forecast_vote, parameters=1000, n=8, link=None, compute=1.0, *
 # The message, with " ... " where it is cut short, and what it is an answer to.
 CASES = {
     # Forecasts
-    "`parameters` must be a finite number above 0; got 0.": forecast(parameters=0),
-    "`link.bandwidth` must be a finite number above 0; got -1.": forecast(link=dl.Link(-1)),
-    "`link.latency` must be a finite number at least 0; got nan.": forecast(
+    "`parameters` must be a finite number of at least 1; got 0.": forecast(parameters=0),
+    "`link.bandwidth` must be a finite number of at least 1; got -1.": forecast(link=dl.Link(-1)),
+    "`link.latency` must be a finite number of at least 0; got nan.": forecast(
         link=dl.Link(1e9, float("nan"))
     ),
-    "`compute` must be a finite number at least 0; got -0.1.": forecast(compute=-0.1),
-    "`codec` must be a finite number at least 0; got inf.": forecast(codec=float("inf")),
-    "`n` (workers) must be at least 2, or nothing is exchanged; got 1.": forecast(n=1),
+    "`compute` must be a finite number of at least 0; got -0.1.": forecast(compute=-0.1),
+    "`codec` must be a finite number of at least 0; got inf.": forecast(codec=float("inf")),
+    "`n` (workers) must be a whole number of at least 2, or ... got 1.": forecast(n=1),
+    "`n` (workers) must be a whole number of at least 2, or ... got 2.5.": forecast(n=2.5),
     "`link.per_node` must divide the 8 workers, into whole nodes; got 3.": forecast(
         link=dl.Link(1e9, 0.0, 3)
     ),

@@ -87,6 +87,8 @@ def test_at_the_break_even_both_take_as_long(per_node):
 def test_ahead_everywhere_or_nowhere():
     assert break_even(D, N, LINK, COMPUTE, overlap=0.0, codec=0.0) == math.inf
     assert break_even(D, N, LINK._replace(per_node=N), COMPUTE) == 0.0  # one node: no network
+    late = LINK._replace(latency=1e-3)  # more bytes but fewer hops: behind where links are slow
+    assert break_even(D, 64, late, 0.01, dtype="bf16", codec=0, transport="all_gather") == 0.0
 
 
 def test_it_agrees_with_what_was_measured():
