@@ -119,6 +119,7 @@ def _plot_speed(rows: list[Row], folder: Path) -> None:
     figure, axes = plt.subplots(
         len(workloads), len(numbers), figsize=size, layout="constrained", squeeze=False
     )
+    shown: dict[str, Any] = {}  # every panel draws a method in the same colour
     for (y, workload), (x, n) in itertools.product(enumerate(workloads), enumerate(numbers)):
         ax, by_method = axes[y][x], {}
         for row in rows:
@@ -137,7 +138,9 @@ def _plot_speed(rows: list[Row], folder: Path) -> None:
         ax.set(xscale="log", yscale="log", xlabel="bits a second (40 Gbit/s: unshaped)",
                ylabel="steps a second")  # fmt: skip
         ax.grid(alpha=0.25)
-        ax.legend(frameon=False, fontsize=7)
+        handles, labels = ax.get_legend_handles_labels()
+        shown |= dict(zip(labels, handles, strict=True))
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(folder / "speed.png", dpi=120)
     plt.close(figure)
 
