@@ -125,9 +125,8 @@ def make_step(method: Method, gradient: Callable[[Any, Any], Any], mesh: Any) ->
     return jax.jit(mapped, donate_argnums=(0, 1))
 
 
-def prepare(name: str, params: Any, gradient: Any, mesh: Any) -> tuple[Any, Any, Any]:
+def prepare(method: Method, params: Any, gradient: Any, mesh: Any) -> tuple[Any, Any, Any]:
     """Step, parameters and state of one method."""
-    method = make_method(name)
     step = make_step(method, gradient, mesh)
     if method.votes:
         state = dl.init_state(method.tx, params, mesh)
@@ -142,7 +141,8 @@ class Runner:
     warmup = 1  # compiles
 
     def __init__(self, name: str, params: Any, batch: Any, gradient: Any, mesh: Any) -> None:
-        cost = make_method(name).cost(params, mesh.size)
+        method = make_method(name)
+        cost = method.cost(params, mesh.size)
         self.facts = {
             "predicted": cost.bytes_received if cost else 0,
             "transport": cost.transport if cost else "",
@@ -150,7 +150,7 @@ class Runner:
             "versions": {"jax": jax.__version__},
         }
         self.batch = batch
-        self.step, self.params, self.state = prepare(name, params, gradient, mesh)
+        self.step, self.params, self.state = prepare(method, params, gradient, mesh)
 
     def run(self) -> None:
         """One step, waited for."""

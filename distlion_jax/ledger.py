@@ -136,7 +136,7 @@ def wire_cost(
     ballot: str = "binary",
     max_weight: int | None = None,
     health: str = "total",
-    chunks: int = 1,
+    chunks: int | None = None,
 ) -> WireCost:
     """Exact wire cost of one :func:`distlion_jax.distributed_lion` step.
 

@@ -86,7 +86,7 @@ def scale_by_distributed_lion(
     threshold: ArrayLike | None = None,
     max_weight: int | None = None,
     health: Health = "total",
-    chunks: int = 1,
+    chunks: int | None = None,
     allow_single_worker: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Rescales updates by a vote of the workers' Lion signs; see :func:`distributed_lion`.
@@ -194,7 +194,7 @@ def distributed_lion(
     threshold: ArrayLike | None = None,
     max_weight: int | None = None,
     health: Health = "total",
-    chunks: int = 1,
+    chunks: int | None = None,
     allow_single_worker: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Distributed Lion: data-parallel Lion that sends one bit per parameter, and receives one.
@@ -246,8 +246,8 @@ def distributed_lion(
       max_weight: largest ``weight`` of a worker; None: weights are not in use.
       health: ``"total"``, ``"leaf"`` (figures per leaf, in ``jax.tree.leaves`` order; costs more)
         or ``"off"``: what the state's :class:`VoteHealth` holds of the last round.
-      chunks: collectives that each phase is cut into; 8 is quicker under gloo (CPU) on links below
-        1 Gbit/s, where receivers announce themselves behind the data that they send.
+      chunks: collectives a phase (None: 1); 8 is quicker under gloo (CPU) on links below 1 Gbit/s,
+        where receivers announce themselves behind the data that they send.
       allow_single_worker: whether an axis of size 1 is meant.
 
     Returns:

@@ -61,7 +61,7 @@ def distributed_lion_by_label(
     threshold: ArrayLike | None = None,
     max_weight: int | None = None,
     health: Health = "total",
-    chunks: int = 1,
+    chunks: int | None = None,
     allow_single_worker: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Distributed Lion with a label per leaf, in one step.

@@ -72,7 +72,7 @@ class Rules:
     ballot: str = "binary"
     max_weight: int | None = None
     health: str = "total"
-    chunks: int = 1
+    chunks: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("aggregation", self.aggregation, AGGREGATIONS)
@@ -82,11 +82,12 @@ class Rules:
         check_choice("health", self.health, HEALTH)
         if self.max_weight is not None:
             check_static("max_weight", self.max_weight, "int or None", MAX_WEIGHT)
-        check_static("chunks", self.chunks, "int", MAX_CHUNKS)
-        if self.chunks > 1 and self.transport == "psum":
+        if self.chunks is not None:  # no number by default: inject_hyperparams would trace it
+            check_static("chunks", self.chunks, "int or None", MAX_CHUNKS)
+        if self.chunks is not None and self.chunks > 1 and self.transport == "psum":
             raise ValueError(
                 f"`chunks` {self.chunks} splits words, and transport='psum' sends none. Leave it "
-                "at 1, or use 'auto', 'all_gather' or 'two_phase'."
+                "out, or use 'auto', 'all_gather' or 'two_phase'."
             )
 
     def for_workers(self, n: int) -> "Rules":
@@ -116,5 +117,5 @@ class Rules:
 
     def pieces(self, words: int) -> tuple[int, ...]:
         """How many of a phase's words each of its collectives carries: nearly equal shares."""
-        chunks = min(self.chunks, words)
+        chunks = min(self.chunks or 1, words)
         return tuple(words // chunks + (i < words % chunks) for i in range(chunks))

@@ -213,7 +213,7 @@ CASES = {
     "`max_weight` must be ... got ... static_args=('max_weight',)": injected,
     "`chunks` must lie in [1, 64]; got 0.": option(chunks=0),
     "`chunks` must lie in [1, 64]; got 65.": option(chunks=65),
-    "`chunks` must be a static Python int; got 2.5.": option(chunks=2.5),
+    "`chunks` must be a static Python int or None; got 2.5.": option(chunks=2.5),
     "`chunks` 4 splits words, and transport='psum' sends none. ... 'all_gather'": option(
         chunks=4, transport="psum"
     ),
