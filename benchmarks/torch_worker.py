@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+# pyright: reportMissingImports=false
+# (PyTorch is an extra, which the type check does without.)
 """One process of network.py --peers: what PyTorch offers on the same links, with the same rounds.
 
 DistributedDataParallel on gloo, of 24 linear layers of 1024 x 1024 without bias, batch 1 (25.2 M
