@@ -21,10 +21,13 @@ from distlion_jax.lion import ScaleByDistributedLionState as ScaleByDistributedL
 from distlion_jax.lion import VoteHealth as VoteHealth
 from distlion_jax.lion import distributed_lion as distributed_lion
 from distlion_jax.lion import scale_by_distributed_lion as scale_by_distributed_lion
+from distlion_jax.mesh import ReplicatedState as ReplicatedState
 from distlion_jax.mesh import init_state as init_state
 from distlion_jax.mesh import local_value_and_grad as local_value_and_grad
 from distlion_jax.mesh import replicate as replicate
+from distlion_jax.mesh import replicated as replicated
 from distlion_jax.mesh import stack as stack
+from distlion_jax.mesh import state_specs as state_specs
 from distlion_jax.mesh import unstack as unstack
 from distlion_jax.mesh import worker_mesh as worker_mesh
 from distlion_jax.metrics import Metrics as Metrics

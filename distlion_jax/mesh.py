@@ -9,7 +9,7 @@ Inside, each worker sees its own state, and a gradient that is truly its own.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,28 +82,92 @@ def local_value_and_grad(
     return local
 
 
+class ReplicatedState(NamedTuple):
+    """State of :func:`replicated`: the same on all workers, kept once, without a worker axis."""
+
+    inner: Any  # of the transformation that is wrapped
+
+
+def replicated(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """A transformation that *follows* a vote or an average, with state that all workers share.
+
+    What comes out of a vote is the same on all workers, and so is all that is computed from it; its
+    state needs no worker axis, and JAX's check can then see that the parameters stay replicated.
+    Before a vote, on local gradients, it is wrong: JAX says so, unless its check is off.
+
+    Args:
+      tx: the transformation, such as ``optax.adamw(1e-3)`` after
+        :func:`distlion_jax.average_gradients`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from distlion_jax.dense import average_gradients
+      >>> tx = optax.chain(average_gradients(), replicated(optax.adam(1e-3)))
+      >>> state = init_state(tx, {"w": jnp.zeros(3)}, worker_mesh(8))
+      >>> state[0].count.shape, state[1].inner[0].mu["w"].shape
+      ((8,), (3,))
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        updates, inner = tx.update(updates, state.inner, params, **extra_args)
+        return updates, ReplicatedState(inner)
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: ReplicatedState(tx.init(params)), update
+    )
+
+
 def _is_vote(node: Any) -> bool:
     return isinstance(node, ScaleByDistributedLionState)
 
 
+def _is_replicated(node: Any) -> bool:
+    return isinstance(node, ReplicatedState)
+
+
+def _is_whole(node: Any) -> bool:
+    return _is_vote(node) or _is_replicated(node)
+
+
 def _map_state(f: Callable[[Any], Any], state: Any) -> Any:
-    """Maps every leaf but a vote's momentum, which keeps its worker axis inside too.
+    """Maps every leaf but what is replicated, and a vote's momentum: it keeps its worker axis.
 
     A reshape between the old momentum and the new would keep XLA from overwriting it in place (two
     more passes over memory); ``update`` takes either shape.
     """
 
     def one(node: Any) -> Any:
+        if _is_replicated(node):
+            return node
         if not _is_vote(node):
             return f(node)
         return jax.tree.map(f, node._replace(mu=()))._replace(mu=node.mu)
 
-    return jax.tree.map(one, state, is_leaf=_is_vote)
+    return jax.tree.map(one, state, is_leaf=_is_whole)
+
+
+def per_worker(state: Any) -> Any:
+    """The part of a state that has a worker axis: all but what is :func:`replicated`."""
+    return jax.tree.map(lambda x: () if _is_replicated(x) else x, state, is_leaf=_is_replicated)
+
+
+def state_specs(state: Any, axis_name: AxisName = "data") -> Any:
+    """``PartitionSpec`` of every part of a state, for ``in_specs`` and ``out_specs``.
+
+    Examples:
+      >>> state_specs({"count": 0, "same": ReplicatedState({"mu": 0})})["same"] == P()
+      True
+    """
+    by_worker = P(wire.axes(axis_name))
+    return jax.tree.map(
+        lambda x: P() if _is_replicated(x) else by_worker, state, is_leaf=_is_replicated
+    )
 
 
 def _is_shared(path: Sequence[Any], node: Any) -> bool:
     """Whether all workers hold the same: not so the momentum of a scalar parameter."""
-    if _is_vote(node) or node.ndim:
+    if _is_whole(node) or node.ndim:
         return False
     injected = any(getattr(key, "name", "") == "hyperparams" for key in path)  # Optax's field
     counts = jnp.issubdtype(node.dtype, jnp.integer) or node.dtype == jnp.bool_
@@ -126,7 +190,7 @@ def unstack(state: Any, axis_name: AxisName = "data") -> Any:
       >>> print(jax.jit(mapped)(jnp.zeros(8)))
       [1. 1. 1. 1. 1. 1. 1. 1.]
     """
-    for path, x in jax.tree_util.tree_leaves_with_path(state):
+    for path, x in jax.tree_util.tree_leaves_with_path(per_worker(state)):
         if x.shape[:1] != (1,):
             raise ValueError(
                 f"`state{jax.tree_util.keystr(path)}` has shape {x.shape} on a worker; a leading "
@@ -136,7 +200,7 @@ def unstack(state: Any, axis_name: AxisName = "data") -> Any:
     state = _map_state(lambda x: x[0], state)
     if not wire.is_checked(axis_name):
         return state
-    named, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_vote)
+    named, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_whole)
     nodes = [node for _, node in named]
     shared = [i for i, (path, node) in enumerate(named) if _is_shared(path, node)]
     if shared:
@@ -172,6 +236,8 @@ def init_state(
 ) -> Any:
     """The transformation's initial state for every worker: leading axis n, sharded over the axis.
 
+    What is :func:`replicated` has no such axis, and lies whole on every device.
+
     Args:
       tx: the transformation.
       params: parameters, without a worker axis.
@@ -186,10 +252,15 @@ def init_state(
     """
     n = workers(mesh, axis_name)
 
-    def make(params: Any) -> Any:
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *x.shape)), tx.init(params))
+    def spread(node: Any) -> Any:
+        return node if _is_replicated(node) else jnp.broadcast_to(node, (n, *node.shape))
 
-    return jax.jit(make, out_shardings=NamedSharding(mesh, P(wire.axes(axis_name))))(params)
+    def make(params: Any) -> Any:
+        return jax.tree.map(spread, tx.init(params), is_leaf=_is_replicated)
+
+    specs = state_specs(jax.eval_shape(make, params), axis_name)
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    return jax.jit(make, out_shardings=shardings)(params)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

@@ -18,56 +18,21 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from distlion_jax import wire
-from distlion_jax.dense import AverageGradientsState, ScaleByAveragedLionState, finite_mean
-from distlion_jax.lion import ScaleByDistributedLionState, VoteHealth
-from distlion_jax.mesh import local_value_and_grad, stack, unstack, workers
+from distlion_jax.dense import finite_mean
+from distlion_jax.lion import VoteHealth
+from distlion_jax.mesh import (
+    local_value_and_grad,
+    per_worker,
+    stack,
+    state_specs,
+    unstack,
+    workers,
+)
 from distlion_jax.metrics import Metrics, average, vote_health, votes_of
 from distlion_jax.rules import AxisName, check_choice
+from distlion_jax.step_checks import check_exchange, check_step
 
 Step = Callable[..., tuple[Any, Any, Metrics]]
-
-
-def check_batch(batch: Any, n: int) -> None:
-    """Raises unless every leaf has as many rows as the first, and n workers can share them."""
-    first = None
-    for path, x in jax.tree_util.tree_leaves_with_path(batch):
-        rows = np.shape(x)[0] if np.ndim(x) else 0
-        first = rows if first is None else first
-        if rows != first:
-            raise ValueError(
-                f"`batch{jax.tree_util.keystr(path)}` has {rows} rows, the leaves before it "
-                f"{first}: they are not of the same examples."
-            )
-        if rows == 0 or rows % n:
-            raise ValueError(
-                f"`batch{jax.tree_util.keystr(path)}` has {rows} rows, which {n} workers cannot "
-                f"share equally. Use a multiple of {n}, or drop the remainder of the data."
-            )
-
-
-def _check_step(batch: Any, state: Any, extra: dict[str, Any], n: int, shards: int) -> None:
-    """Raises unless batch, per-worker state and extra arguments fit the number of workers."""
-    check_batch(batch, shards)
-    for kind, tree in (("state", state), ("extra", extra)):
-        for path, x in jax.tree_util.tree_leaves_with_path(tree):
-            if np.shape(x)[:1] != (n,):
-                raise ValueError(
-                    f"`{kind}{jax.tree_util.keystr(path)}` has shape {np.shape(x)}; a leading axis "
-                    f"of {n}, one entry a worker, was expected. Make states with init_state for "
-                    "this mesh."
-                )
-
-
-def _check_exchange(state: Any) -> None:
-    """Raises for a transformation that sends nothing, where JAX would not see replicas part."""
-    kinds = (ScaleByDistributedLionState, ScaleByAveragedLionState, AverageGradientsState)
-    is_ours = lambda node: isinstance(node, kinds)  # noqa: E731
-    if not any(map(is_ours, jax.tree.leaves(state, is_leaf=is_ours))):
-        raise ValueError(
-            "`tx` holds no vote and no average over the workers: each would go its own way on its "
-            "local gradient, in silence. Use distributed_lion, put average_gradients before it, or "
-            "use make_train_step with gradients='mean' (or with check_vma=True, where JAX checks)."
-        )
 
 
 def _worker_step(
@@ -146,7 +111,7 @@ def make_train_step(
         ordinary optimizer (as ``optax.lion``), whose state is then replicated: plain
         ``tx.init(params)``, through :func:`replicate`.
       check_vma: JAX's check that what claims to be replicated is. Transformations after the vote
-        that keep arrays (as ``optax.ema``) cannot pass it: their state is stacked per worker.
+        that keep arrays (as ``optax.ema``) pass it inside :func:`distlion_jax.replicated`.
       donate: reuse the buffers of params and state; the ones passed in cannot be used again.
 
     Returns:
@@ -183,11 +148,10 @@ def make_train_step(
     worker = _worker_step(loss_fn, tx, axis_name, has_aux, mean_axis_name, gradients)
     stacked = gradients == "local"
     by_worker = P(wire.axes(axis_name))
-    state_spec = by_worker if stacked else P()
 
     def mapped(params: Any, state: Any, batch: Any, rng: Any, extra: dict[str, Any]) -> Any:
         if stacked and n > 1 and not check_vma:
-            _check_exchange(state)
+            check_exchange(state)
         state = unstack(state, axis_name) if stacked else state
         extra = jax.tree.map(lambda x: x[0], extra)
         params, state, metrics = worker(params, state, batch, rng, extra)
@@ -196,6 +160,7 @@ def make_train_step(
     health = VoteHealth(by_worker, P(), P(), P())  # type: ignore[arg-type]
 
     def run(params: Any, state: Any, batch: Any, rng: Any, extra: dict[str, Any]) -> Any:
+        state_spec = state_specs(state, axis_name) if stacked else P()
         specs = (P(), state_spec, Metrics(P(), P(), (health,) * len(vote_health(state))))  # type: ignore[arg-type]
         sharded = jax.shard_map(
             mapped,
@@ -210,7 +175,7 @@ def make_train_step(
     settle = _settler(mesh.devices.flat)
 
     def step(params: Any, state: Any, batch: Any, *, rng: Any = None, **extra: Any) -> Any:
-        _check_step(batch, state if stacked else (), extra, n, shards)
+        check_step(batch, per_worker(state) if stacked else (), extra, n, shards)
         if extra and not stacked:
             raise ValueError(f"`{next(iter(extra))}` is for a vote; gradients='mean' takes all.")
         params, state, metrics = jitted(params, state, batch, rng, extra)
@@ -256,7 +221,7 @@ def make_pmap_train_step(
 
     def one(params: Any, state: Any, batch: Any, rng: Any, extra: dict[str, Any]) -> Any:
         if n > 1:
-            _check_exchange(state)
+            check_exchange(state)
         params, state, metrics = worker(params, state, batch, rng, extra)
         health = tuple(h._replace(voted=h.voted[0]) for h in metrics.health)
         return params, state, metrics._replace(health=health)
@@ -272,7 +237,7 @@ def make_pmap_train_step(
     settle = _settler(devices)
 
     def step(params: Any, state: Any, batch: Any, *, rng: Any = None, **extra: Any) -> Any:
-        _check_step(batch, (params, state), extra, n, n)
+        check_step(batch, (params, state), extra, n, n)
         batch = jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch)
         params, state, metrics = mapped(params, state, batch, rng, extra)
         settle(metrics)

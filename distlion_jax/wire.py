@@ -113,3 +113,8 @@ def scatter(x: Array, axis_name: AxisName, pieces: Sequence[int]) -> Array:
 def total(x: Array, axis_name: AxisName) -> Array:
     """Sum over workers; replicated."""
     return lax.psum(vary(x, axis_name), axis_name)
+
+
+def largest(x: Array, axis_name: AxisName) -> Array:
+    """Maximum over workers; replicated."""
+    return lax.pmax(vary(x, axis_name), axis_name)

@@ -203,6 +203,10 @@ def mix(x: Array) -> Array:
     return x ^ (x >> np.uint32(16))
 
 
+def _seed(step: Array, stream: Array | int) -> Array:
+    return mix(jnp.asarray(step).astype(jnp.uint32) ^ mix(jnp.asarray(stream).astype(jnp.uint32)))
+
+
 def coins(step: Array, stream: Array | int, first_group: Array | int, groups: int) -> Array:
     """Fair coins of (step, coordinate, stream), 32 to a word; no state, no key, same on replay.
 
@@ -215,6 +219,12 @@ def coins(step: Array, stream: Array | int, first_group: Array | int, groups: in
     Returns:
       ``uint32[groups, 128]``.
     """
-    seed = mix(jnp.asarray(step).astype(jnp.uint32) ^ mix(jnp.asarray(stream).astype(jnp.uint32)))
     word = jnp.arange(groups * BLOCK, dtype=jnp.uint32).reshape(groups, BLOCK)
-    return mix((word + jnp.asarray(first_group).astype(jnp.uint32) * np.uint32(BLOCK)) ^ seed)
+    first = jnp.asarray(first_group).astype(jnp.uint32) * np.uint32(BLOCK)
+    return mix((word + first) ^ _seed(step, stream))
+
+
+def uniforms(step: Array, stream: Array | int, first: int, size: int) -> Array:
+    """``float32[size]`` in [0, 1): random numbers of (step, coordinate, stream), as the coins."""
+    index = jnp.arange(size, dtype=jnp.uint32) + np.uint32(first)
+    return (mix(index ^ _seed(step, stream)) >> np.uint32(8)).astype(jnp.float32) * 2.0**-24

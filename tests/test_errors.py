@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import distlion_jax as dl
-from distlion_jax import audit, reference
+from distlion_jax import audit, baselines, reference
 from distlion_jax.forecast import exchange_seconds
 from tests.helpers import TREES, gradients, run
 
@@ -158,6 +158,10 @@ def forecast(f=dl.forecast_vote, parameters=1000, n=8, link=None, compute=1.0, *
     return lambda: f(parameters, n, link, compute, **options)
 
 
+def dgc(*args, **options):
+    return lambda: baselines.deep_gradient_compression(*args, **options)
+
+
 # The message, with " ... " where it is cut short, and what it is an answer to.
 CASES = {
     # Forecasts
@@ -244,6 +248,20 @@ CASES = {
     "unknown rule among 'majority', 'x', 'binary'": lambda: reference.vote(
         reference.init([], 1), [[]], ties="x"
     ),
+    # Baselines
+    "`compressor` must be a Compressor, as QSGD() or PowerSGD(rank=2); got 'qsgd'.": lambda: (
+        baselines.compressed_average("qsgd")  # type: ignore[arg-type]
+    ),
+    "`levels` must lie in [1, 32767]; got 0.": lambda: baselines.QSGD(levels=0),
+    "`bucket` must be a static Python int; got 1.5.": lambda: baselines.QSGD(bucket=1.5),
+    "`norm` must be one of 'l2', 'max'; got 'l1'.": lambda: baselines.QSGD(norm="l1"),
+    "`clip` must be a finite number above 0, or None; got 0.": lambda: baselines.TernGrad(clip=0),
+    "`density` must be a static number in (0, 1]; got 0.": lambda: baselines.TopK(0),
+    "`density` must be a static number in (0, 1]; got 1.5.": dgc(0.1, warmup=(1.5,)),
+    "`momentum` must lie in [0, 1); got 1.": dgc(momentum=1),
+    "`warmup_steps` must be an int of at least 1; got 0.": dgc(warmup_steps=0),
+    "`clip_norm` must be a number above 0, or None; got -1.": dgc(clip_norm=-1),
+    "`rank` must lie in [1, 32768]; got 0.": lambda: baselines.PowerSGD(0),
     # Parameters
     "`params` has nothing to vote on: 0 leaves with 0 ... Pass the trainable": init(),
     "`params` has nothing to vote on: 1 leaves with 0 coordinates": init(jnp.zeros((0, 3))),
@@ -341,7 +359,7 @@ def raised(text):
     with pytest.raises((ValueError, RuntimeError)) as info:
         CASES[text]()
     frames = traceback.extract_tb(info.value.__traceback__)
-    ours = [(Path(f.filename).stem, f.lineno) for f in frames if Path(f.filename).parent == ROOT]
+    ours = [(Path(f.filename), f.lineno) for f in frames if ROOT in Path(f.filename).parents]
     return str(info.value), ours
 
 
@@ -352,17 +370,17 @@ def test_message(text):
 
 
 RAISES = [
-    pytest.param(path.stem, node, id=f"{path.stem}:{node.lineno}")
-    for path in sorted(ROOT.glob("*.py"))
+    pytest.param(path, node, id=f"{path.stem}:{node.lineno}")
+    for path in sorted(ROOT.rglob("*.py"))
     for node in ast.walk(ast.parse(path.read_text()))
     if isinstance(node, ast.Raise)
 ]
 
 
-@pytest.mark.parametrize(("module", "node"), RAISES)
-def test_every_raise_has_a_case(module, node):
+@pytest.mark.parametrize(("path", "node"), RAISES)
+def test_every_raise_has_a_case(path, node):
     places = {place for text in CASES for place in raised(text)[1]}
-    assert any((module, line) in places for line in range(node.lineno, node.end_lineno + 1))
+    assert any((path, line) in places for line in range(node.lineno, node.end_lineno + 1))
 
 
 @pytest.mark.parametrize("how", ["shard_map_unchecked", "pmap"])

@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The baselines: against their NumPy references, their laws, and the bytes that they send."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import distlion_jax as dl
+from distlion_jax import reference
+from distlion_jax.baselines import (
+    QSGD,
+    EFSign,
+    PowerSGD,
+    TernGrad,
+    TopK,
+    compressed_average,
+    deep_gradient_compression,
+    distributed_signum,
+    sign_sgd,
+)
+from tests import baseline_reference as plain
+from tests.helpers import gradients, map_workers, shapes_to_params, stack_state
+from tests.test_wire_bytes import assert_as_predicted, lowered_update
+
+N = 4
+TREE = {"a": (7, 5), "b": (3, 128), "c": (40, 128), "s": (), "v": (130,)}
+NAMES = sorted(TREE)
+MAPS = ["vmap", "pmap", "shard_map", "shard_map_unchecked"]
+COMPRESSORS = [QSGD(), TernGrad(), EFSign(), TopK(0.1), PowerSGD(2)]
+OPTIONS = [
+    QSGD(levels=1, bucket=64, norm="l2"),
+    QSGD(levels=100, bucket=100),
+    TernGrad(clip=None, transport="two_phase"),
+]
+
+
+def draw(rounds, n=N, tree=TREE):
+    """Real-valued gradients, in a list of ``{name: [n, *shape]}``."""
+    rng = np.random.default_rng(0)
+    return [
+        {k: rng.standard_normal((n, *s), np.float32) for k, s in tree.items()}
+        for _ in range(rounds)
+    ]
+
+
+def as_arrays(x):
+    """A list of numbers as an array; a tree of arrays as it is."""
+    return jnp.asarray(x) if isinstance(x, list) else x
+
+
+def rounds_of(tx, grads, n=N, how="vmap", tree=TREE, extra=None):
+    """Runs some rounds: per round (mean, state), as NumPy with a worker axis."""
+
+    def step(g, state, extra):
+        return tx.update(g, state, **extra)
+
+    mapped = map_workers(step, how, n)
+    state = stack_state(tx, shapes_to_params(tree), n)
+    history = []
+    for r, g in enumerate(grads):
+        given = {} if extra is None else {k: as_arrays(v) for k, v in extra[r].items()}
+        mean, state = mapped(g, state, given)
+        history.append(jax.tree.map(np.asarray, (mean, state)))
+    return history
+
+
+def plain_message(c, leaves, step, worker):
+    """What a worker's message stands for."""
+    if isinstance(c, QSGD):
+        return plain.qsgd(leaves, step, worker, c.levels, c.bucket, c.norm)
+    if isinstance(c, EFSign):
+        return plain.ef_sign(leaves, step, worker)
+    return plain.top_k(leaves, c.density)
+
+
+def plain_average(compressor, grads, entered, q0):
+    """The same by the reference: per round (mean leaves, errors [worker][leaf])."""
+    n = len(entered[0])
+    errors = [[np.zeros(TREE[k], np.float32) for k in NAMES] for _ in range(n)]
+    out, qs = [], q0
+    for step, (g, enters) in enumerate(zip(grads, entered, strict=True)):
+        wanted = [[g[k][i] for k in NAMES] for i in range(n)]
+        if compressor.feedback:
+            wanted = [
+                [x + e for x, e in zip(xs, es, strict=True)]
+                for xs, es in zip(wanted, errors, strict=True)
+            ]
+        if isinstance(compressor, TernGrad):
+            mean, parts = plain.terngrad(wanted, step, compressor.clip, enters), wanted
+        elif isinstance(compressor, PowerSGD):
+            mean, qs = plain.power_sgd(wanted, qs, enters)
+            parts = [mean] * n
+        else:
+            parts = [plain_message(compressor, x, step, i) for i, x in enumerate(wanted)]
+            mean = plain.mean(parts, enters)
+        for i in range(n):
+            if compressor.feedback and enters[i]:
+                errors[i] = [x - y for x, y in zip(wanted[i], parts[i], strict=True)]
+        out.append((mean, [list(e) for e in errors]))
+    return out
+
+
+def first_q(compressor):
+    """The compressor's first Q by leaf, None where a leaf is not split."""
+    if not isinstance(compressor, PowerSGD):
+        return None
+    found = iter(compressor.init(jax.tree.leaves(shapes_to_params(TREE))))
+    return [np.asarray(next(found)) if compressor._sides(TREE[k]) else None for k in NAMES]
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS + OPTIONS, ids=repr)
+@pytest.mark.parametrize("how", ["vmap", "shard_map"])
+def test_equals_the_reference(compressor, how):
+    grads = draw(3)
+    grads[1]["a"][2, 0, 0] = np.nan  # worker 2 sits round 1 out
+    extra = [{"participating": [i != r - 1 for i in range(N)]} for r in range(3)]
+    entered = [[True] * N, [False, True, False, True], [True, False, True, True]]
+    got = rounds_of(compressed_average(compressor), grads, how=how, extra=extra)
+    want = plain_average(compressor, grads, entered, first_q(compressor))
+    for (mean, state), (wanted, errors) in zip(got, want, strict=True):
+        for leaf, name in enumerate(NAMES):
+            for i in range(N):
+                np.testing.assert_allclose(mean[name][i], wanted[leaf], rtol=1e-4, atol=1e-5)
+                assert np.array_equal(mean[name][i], mean[name][0])  # replicas: bit for bit
+                if compressor.feedback:
+                    error = state.error[name][i]
+                    np.testing.assert_allclose(error, errors[i][leaf], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
+@pytest.mark.parametrize("how", ["pmap", "shard_map_unchecked"])
+def test_every_map_gives_the_same(compressor, how):
+    grads = draw(2)
+    want = rounds_of(compressed_average(compressor), grads)
+    got = rounds_of(compressed_average(compressor), grads, how=how)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), got, want)
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
+def test_nobody_takes_part(compressor):
+    tx = compressed_average(compressor)
+    bad, good = draw(2)
+    bad = {k: np.full_like(v, np.nan) for k, v in bad.items()}
+    (mean, state), (again, _) = rounds_of(tx, [bad, good])
+    assert all(np.isnan(x).all() for x in mean.values())
+    assert not any(x.any() for x in jax.tree.leaves(state.error))
+    assert all(np.isfinite(x).all() for x in again.values())
+
+
+# Laws.
+
+
+@pytest.mark.parametrize("compressor", [EFSign(), TopK(0.05), PowerSGD(1)], ids=repr)
+def test_what_was_not_sent_is_kept(compressor):
+    """Over any number of rounds: all that was applied, and the mean error, are all gradients."""
+    grads = draw(6)
+    history = rounds_of(compressed_average(compressor), grads)
+    for name in NAMES:
+        applied = sum(mean[name][0] for mean, _ in history)
+        given = sum(g[name].mean(0) for g in grads)
+        left = history[-1][1].error[name].mean(0)
+        np.testing.assert_allclose(applied + left, given, atol=1e-4)
+
+
+@pytest.mark.parametrize("compressor", [QSGD(levels=1), TernGrad(clip=None)], ids=repr)
+def test_rounding_is_fair(compressor):
+    """The mean of many rounds is the gradient: 5 standard errors of the worst coordinate."""
+    tree, rounds = {"w": (300,)}, 400
+    (g,) = draw(1, tree=tree)
+    history = rounds_of(compressed_average(compressor), [g] * rounds, tree=tree)
+    found = np.mean([mean["w"][0] for mean, _ in history], axis=0)
+    scale = np.abs(g["w"]).max(axis=1)
+    worst = 5 * np.sqrt((scale**2).sum()) / 2 / N / np.sqrt(rounds)
+    np.testing.assert_allclose(found, g["w"].mean(0), atol=worst)
+    assert np.abs(history[0][0]["w"][0] - g["w"].mean(0)).max() > worst  # one round is not it
+
+
+@pytest.mark.parametrize(
+    ("compressor", "tolerance"),
+    [(TopK(1.0), 1e-6), (QSGD(levels=2**15 - 1, bucket=16), 1e-3), (PowerSGD(128), 1e-6)],
+    ids=repr,
+)
+def test_without_compression_it_is_the_mean(compressor, tolerance):
+    (g,) = draw(1)
+    ((mean, _),) = rounds_of(compressed_average(compressor), [g])
+    for name in NAMES:
+        np.testing.assert_allclose(mean[name][0], g[name].mean(0), atol=tolerance)
+
+
+def test_equal_magnitudes_need_one_bit():
+    tree = {"w": (4, 64)}
+    (g,) = draw(1, tree=tree)
+    g = {"w": np.sign(g["w"]) * np.float32(0.5)}
+    ((mean, state),) = rounds_of(compressed_average(EFSign()), [g], tree=tree)
+    np.testing.assert_array_equal(mean["w"][0], g["w"].mean(0))
+    assert not state.error["w"].any()
+
+
+def test_zeros_stay_zero():
+    """Rows that no worker has touched, under every method that rounds or signs."""
+    g = {"rows": np.zeros((N, 8, 128), np.float32)}
+    g["rows"][:, 5] = 1.0
+    for compressor in (QSGD(), TernGrad(), EFSign(), TopK(0.5), PowerSGD(1)):
+        history = rounds_of(compressed_average(compressor), [g] * 3, tree={"rows": (8, 128)})
+        for mean, _ in history:
+            assert not mean["rows"][0][[0, 1, 2, 3, 4, 6, 7]].any()
+            assert mean["rows"][0][5].any()
+
+
+def test_low_rank_means_are_exact():
+    rng = np.random.default_rng(1)
+    rows, columns = rng.standard_normal((N, 32, 2)), rng.standard_normal((2, 24))
+    g = {"w": (rows @ columns).astype(np.float32)}  # of rank 2, and so is their mean
+    ((mean, _),) = rounds_of(compressed_average(PowerSGD(2)), [g], tree={"w": (32, 24)})
+    np.testing.assert_allclose(mean["w"][0], g["w"].mean(0), atol=1e-4)
+
+
+# Deep Gradient Compression.
+
+
+def plain_dgc(grads, density, momentum, clip):
+    leaves = [np.zeros(TREE[k], np.float32) for k in NAMES]
+    us, vs, out = [list(leaves) for _ in range(N)], [list(leaves) for _ in range(N)], []
+    for g in grads:
+        parts = []
+        for i in range(N):
+            mine = [g[k][i] for k in NAMES]
+            norm = np.sqrt(sum((x**2).sum() for x in mine))
+            mine = [x * np.float32(min(1.0, clip / N**0.5 / norm)) for x in mine]
+            us[i] = [np.float32(momentum) * u + x for u, x in zip(us[i], mine, strict=True)]
+            vs[i] = [v + u for v, u in zip(vs[i], us[i], strict=True)]
+            parts.append(plain.top_k(vs[i], density))
+            us[i] = [np.where(s == 0, u, 0) for u, s in zip(us[i], parts[i], strict=True)]
+            vs[i] = [np.where(s == 0, v, 0) for v, s in zip(vs[i], parts[i], strict=True)]
+        out.append(plain.mean(parts, [True] * N))
+    return out
+
+
+@pytest.mark.parametrize("how", MAPS)
+def test_dgc_equals_the_reference(how):
+    grads = draw(4)
+    tx = deep_gradient_compression(0.1, 0.5, clip_norm=3.0)
+    got = rounds_of(tx, grads, how=how)
+    for (mean, _), want in zip(got, plain_dgc(grads, 0.1, 0.5, 3.0), strict=True):
+        for leaf, name in enumerate(NAMES):
+            np.testing.assert_allclose(mean[name][0], want[leaf], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["vmap", "shard_map"])
+def test_dgc_warms_up(how):
+    tree = {"w": (64,)}
+    tx = deep_gradient_compression(1 / 64, 0.0, warmup=(0.5, 0.25), warmup_steps=2)
+    (g,) = draw(1, n=2, tree=tree)
+    g = {"w": np.abs(g["w"][:1]) + np.zeros((2, 1), np.float32)}  # both workers choose alike
+    history = rounds_of(tx, [g] * 6, n=2, how=how, tree=tree)
+    assert [np.count_nonzero(mean["w"][0]) for mean, _ in history] == [32, 32, 16, 16, 1, 1]
+
+
+def test_dgc_that_sends_everything_has_no_momentum_left():
+    """What is sent is masked in the momentum, too."""
+    grads = draw(5)
+    history = rounds_of(deep_gradient_compression(1.0, 0.9), grads)
+    for (mean, _), g in zip(history, grads, strict=True):
+        for name in NAMES:
+            np.testing.assert_allclose(mean[name][0], g[name].mean(0), atol=1e-5)
+
+
+# SignSGD and SIGNUM are votes.
+
+
+def params(tree, rounds):
+    """Parameters of three workers, as an argument of every round's update."""
+    return [{"params": shapes_to_params({k: (3, *s) for k, s in tree.items()})}] * rounds
+
+
+def test_signum_votes_with_its_momentum():
+    tree, beta = {"a": (3, 5), "rows": (16, 128)}, 0.5
+    grads = [gradients(tree, 3, r) for r in range(3)]
+    history = rounds_of(distributed_signum(1.0, beta), grads, 3, tree=tree, extra=params(tree, 3))
+    momentum = {k: np.zeros((3, *s), np.float32) for k, s in tree.items()}
+    for (update, _), g in zip(history, grads, strict=True):
+        momentum = {k: beta * m + (1 - beta) * g[k] for k, m in momentum.items()}
+        for name in tree:
+            live = (momentum[name] != 0).all(0)  # elsewhere coins may vote
+            want = -np.sign(np.sign(momentum[name]).sum(0))
+            np.testing.assert_array_equal(update[name][0][live], want[live])
+
+
+def test_sign_sgd_has_no_momentum():
+    tree = {"a": (3, 5), "rows": (16, 128)}
+    grads = [gradients(tree, 3, r) for r in range(2)]
+    history = rounds_of(sign_sgd(1.0), grads, 3, tree=tree, extra=params(tree, 2))
+    state = reference.init([np.zeros(tree[k], np.float32) for k in sorted(tree)], 3)
+    for (update, _), g in zip(history, grads, strict=True):
+        workers = [[g[k][i] for k in sorted(tree)] for i in range(3)]
+        verdict, state = reference.vote(state, workers, b1=0.0, b2=0.0)
+        for leaf, name in enumerate(sorted(tree)):
+            np.testing.assert_array_equal(update[name][0], -verdict.direction[leaf])
+
+
+# Bytes.
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS + OPTIONS, ids=repr)
+def test_bytes_are_those_of_the_compiled_program(compressor):
+    lowered = lowered_update("shard_map", 8, TREE, compressed_average(compressor))
+    assert_as_predicted(lowered.compile(), compressor.cost(shapes_to_params(TREE), 8), 8)
+
+
+def test_bytes_of_dgc_are_those_of_its_density():
+    lowered = lowered_update("shard_map", 8, TREE, deep_gradient_compression(0.1))
+    assert_as_predicted(lowered.compile(), TopK(0.1).cost(shapes_to_params(TREE), 8), 8)
+
+
+# A whole train step, with an optimizer whose state all workers share.
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
+def test_trains_and_replicas_agree(compressor, check):
+    mesh = dl.worker_mesh(8)
+    tx = optax.chain(compressed_average(compressor), dl.replicated(optax.adam(0.05)))
+    params = dl.replicate({"w": jnp.zeros((16, 4)), "b": jnp.zeros(4)}, mesh)
+    state = dl.init_state(tx, params, mesh)
+    target = jax.random.normal(jax.random.key(1), (16, 4))
+
+    def loss(p, x):
+        return jnp.mean((x @ p["w"] + p["b"] - x @ target) ** 2)
+
+    step = dl.make_train_step(loss, tx, mesh, check_vma=check)
+    losses = []
+    for i in range(60):
+        x = jax.random.normal(jax.random.fold_in(jax.random.key(2), i), (32, 16))
+        params, state, metrics = step(params, state, x)
+        losses.append(float(metrics.loss))
+    assert losses[-1] < 0.5 * losses[0]
+    assert dl.replicas_agree(params, mesh)
+    assert state[1].inner[0].mu["w"].shape == (16, 4)
