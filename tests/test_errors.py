@@ -241,6 +241,9 @@ CASES = {
     "`steps` must be a static int of at least 0, or None; got -1.": dense(-1),
     "`steps` must be a static int of at least 0, or None; got 1.5.": dense(1.5),
     "`steps` must be a static int of at least 0, or None; got True.": dense(True),
+    "`wire_dtype` must be float32, bfloat16 or None; got float16": lambda: dl.average_gradients(
+        wire_dtype=jnp.float16
+    ),
     "`labels['b']` must be one of 'majority', 'average', 'full', 'frozen'; got 'x'.": by_label(
         {"w": "full", "b": "x"}
     ),

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import distlion_jax as dl
+from distlion_jax.baselines import QSGD, EFSign, PowerSGD, TernGrad, TopK, compressed_average
 
 ROOT = pathlib.Path(__file__).parent.parent
 TIMEOUT = 400  # seconds for all programs together; a quiet machine takes a tenth
@@ -37,6 +38,13 @@ STEPS = {
     "coin": dict(transport="two_phase", ties="coin", ballot="ternary", health="leaf"),
     "chunks": dict(transport="two_phase", chunks=3),
     "psum": dict(transport="psum"),
+}
+BASELINES = {
+    "qsgd": QSGD(),
+    "terngrad": TernGrad(),
+    "ef_sign": EFSign(),
+    "top_k": TopK(0.01),
+    "power_sgd": PowerSGD(2),
 }
 UPDATES = {
     "majority": dict(transport="two_phase"),
@@ -66,7 +74,14 @@ def compiled_step(mesh, tx, gradients="local"):
     params = shapes(MODEL)
     state = jax.eval_shape(tx.init, params)
     local = gradients == "local"
-    state = abstract(state, mesh, P("data") if local else P(), (N,) if local else ())
+    if local:  # what is replicated has no worker axis
+        specs = dl.state_specs(state)
+        state = jax.tree.map(
+            lambda part, spec: abstract(part, mesh, spec, (N,) if spec else ()),
+            state, specs, is_leaf=lambda x: isinstance(x, dl.ReplicatedState),
+        )  # fmt: skip
+    else:
+        state = abstract(state, mesh, P())
     batch = abstract(jax.ShapeDtypeStruct((16 * N, 256), jnp.float32), mesh, P("data"))
     step = dl.make_train_step(loss, tx, mesh, gradients=gradients)
     return step.lower(abstract(params, mesh, P()), state, batch).compile()
@@ -105,6 +120,11 @@ def main(file):
         name: read(compiled_step(mesh, dl.distributed_lion(1e-3, **options)))
         for name, options in STEPS.items()
     }
+    for name, compressor in BASELINES.items():
+        tx = optax.chain(compressed_average(compressor), dl.replicated(optax.sgd(0.1, 0.9)))
+        programs[name] = read(compiled_step(mesh, tx))
+    bfloat16 = dl.average_gradients(wire_dtype=jnp.bfloat16)
+    programs["bfloat16"] = read(compiled_step(mesh, optax.chain(bfloat16, optax.sgd(0.1))))
     programs["full"] = read(compiled_step(mesh, optax.lion(1e-3), gradients="mean"))
     for name, options in UPDATES.items():
         programs[f"update-{name}"] = read(compiled_update(mesh, dl.distributed_lion(1, **options)))
@@ -169,6 +189,23 @@ def test_averaged_gradients_are_seen_as_floats(programs):
     assert {(c.op, c.dtype) for c in found} == {("all-reduce", "f32")}
     extra = sum(c.bytes_received for c in found) - cost.bytes_received
     assert 0 <= extra < METRICS_BYTES
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines_move_what_is_predicted(programs, name):
+    found = programs[name]["collectives"]
+    rest = beside(found, BASELINES[name].cost(shapes(MODEL), N).collectives)
+    assert {c.op for c in rest} == {"all-reduce"}
+    assert sum(c.bytes_received for c in rest) < METRICS_BYTES
+
+
+def test_bfloat16_gradients_are_sent_as_such(programs):
+    """Which programs for a CPU do not do."""
+    found = collections.Counter()
+    for c in programs["bfloat16"]["collectives"]:
+        found[c.op, c.dtype] += c.elements
+    (expected,) = dl.full_precision_cost(shapes(MODEL), N, "bf16").collectives
+    assert found["all-reduce", "bf16"] == expected.elements
 
 
 @pytest.mark.parametrize("name", UPDATES)
