@@ -63,18 +63,6 @@ def _judge(
     return planes, margins.tied, margins.margin
 
 
-def _frame(arrays: Sequence[Array], rows: int) -> Array:
-    """Arrays side by side as ``uint32[rows, words]``, each split over the rows."""
-    return jnp.concatenate([x.reshape(rows, -1) for x in arrays], axis=1)
-
-
-def _unframe(frame: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
-    """The inverse: ``[rows, words]`` to arrays ``[rows, *shape]``."""
-    ends = np.cumsum([int(np.prod(shape)) for shape in shapes])
-    parts = jnp.split(frame, ends[:-1], axis=1)
-    return [x.reshape(x.shape[0], *shape) for x, shape in zip(parts, shapes, strict=True)]
-
-
 def _bits(x: Array) -> Array:
     return lax.bitcast_convert_type(x, jnp.uint32)
 
@@ -85,7 +73,7 @@ def _ballot_header(ballot: Ballot, step: Array) -> Array:
 
 def _read_ballots(frame: Array, rules: Rules, groups: int) -> tuple[Ballot, Array]:
     shapes = [(groups, BLOCK), (groups, rules.present_columns), (ledger.HEADER,)]
-    votes, present, header = _unframe(frame, shapes)
+    votes, present, header = wire.unframe(frame, shapes)
     return Ballot(votes, present, header[:, 0].astype(jnp.int32)), header[0, 1]
 
 
@@ -97,7 +85,7 @@ def all_gather(
     ballot: Ballot, step: Array, layout: Layout, rules: Rules, axis: AxisName
 ) -> Verdict:
     """Gathers all ballots to all workers; each tallies everything."""
-    frame = _frame([ballot.votes, ballot.present, _ballot_header(ballot, step)], 1)[0]
+    frame = wire.frame([ballot.votes, ballot.present, _ballot_header(ballot, step)], 1)[0]
     frames = wire.gather(frame, axis, rules.pieces(frame.size))
     ballots, step = _read_ballots(frames, rules, layout.groups)
 
@@ -120,18 +108,18 @@ def two_phase(ballot: Ballot, step: Array, layout: Layout, rules: Rules, axis: A
     groups = ledger.slice_groups(layout, n)
     pad = ((0, groups * n - layout.groups), (0, 0))
     header = jnp.broadcast_to(_ballot_header(ballot, step), (n, ledger.HEADER))
-    frame = _frame([jnp.pad(ballot.votes, pad), jnp.pad(ballot.present, pad), header], n)
+    frame = wire.frame([jnp.pad(ballot.votes, pad), jnp.pad(ballot.present, pad), header], n)
     frames = wire.scatter(frame, axis, rules.pieces(frame.shape[1]))
     ballots, step = _read_ballots(frames, rules, groups)
     count = tally.count(ballots, rules.top_weight)
     first = lax.axis_index(axis) * groups
     planes, tied, margin = _judge(rules, layout, count, step, first)
     header = jnp.stack(_turnout(ballots.weight)).astype(jnp.uint32)
-    frame = _frame([*planes, header, _bits(tied), _bits(margin)], 1)[0]
+    frame = wire.frame([*planes, header, _bits(tied), _bits(margin)], 1)[0]
     shapes = [(groups, columns) for columns in rules.verdict_columns(n)]
     shapes += [(ledger.VERDICT_HEADER,), tied.shape, margin.shape]
     frames = wire.gather(frame, axis, rules.pieces(frame.size))
-    *slices, header, tied, margin = _unframe(frames, shapes)
+    *slices, header, tied, margin = wire.unframe(frames, shapes)
     whole = tuple(x.reshape(-1, x.shape[-1])[: layout.groups] for x in slices)
     voters, weight = header[0].astype(jnp.int32)
     sums = [lax.bitcast_convert_type(x, jnp.float32).sum(axis=0) for x in (tied, margin)]

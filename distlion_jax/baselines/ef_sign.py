@@ -46,7 +46,7 @@ class EFSign(Gathered):
         """Votes, presence of blocks, a scale a leaf."""
         return layout.groups * (BLOCK + 1) + len(layout.leaves)
 
-    def encode(self, leaves: Leaves, layout: Layout, round_: Round) -> Array:
+    def encode(self, leaves: Leaves, layout: Layout, round_: Round) -> list[Array]:
         """Casts a binary ballot on the leaves, and scales it."""
         cast = ballot.cast(
             layout, leaves, leaves, Rules(), 0.0, 0.0, round_.weight, round_.step, round_.worker
@@ -54,8 +54,7 @@ class EFSign(Gathered):
         live = words.unpack(layout, lambda bit: bit, [cast.present], [jnp.float32] * len(leaves))
         pairs = zip(leaves, live, strict=True)
         scales = [jnp.abs(x).sum() / jnp.maximum(y.sum(), 1) for x, y in pairs]
-        parts = (cast.votes, cast.present, to_words(jnp.stack(scales)))
-        return jnp.concatenate([part.reshape(-1) for part in parts])
+        return [cast.votes, cast.present, to_words(jnp.stack(scales))]
 
     def decode(self, message: Array, layout: Layout) -> Leaves:
         """Signs times scales."""

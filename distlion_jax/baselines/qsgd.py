@@ -93,7 +93,7 @@ class QSGD(Gathered):
         level = jnp.minimum(level, self.levels).astype(jnp.uint16)
         return level | ((x < 0).astype(jnp.uint16) << np.uint16(self.planes - 1))
 
-    def encode(self, leaves: Leaves, layout: Layout, round_: Round) -> Array:
+    def encode(self, leaves: Leaves, layout: Layout, round_: Round) -> list[Array]:
         """Quantises and packs."""
         norms = [self._norms(x) for x in leaves]
         codes, first = [], 0
@@ -110,8 +110,7 @@ class QSGD(Gathered):
                 return (bits & np.uint16(1)) | ((bits & np.uint16(2)) << np.uint16(7))
 
             planes += words.pack(layout, two, codes)
-        parts = [*planes[: self.planes], *(to_words(norm) for norm in norms)]
-        return jnp.concatenate([part.reshape(-1) for part in parts])
+        return [*planes[: self.planes], *(to_words(norm) for norm in norms)]
 
     def decode(self, message: Array, layout: Layout) -> Leaves:
         """Unpacks and scales."""

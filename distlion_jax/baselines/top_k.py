@@ -72,14 +72,14 @@ class TopK(Gathered):
         """A value and a place for each coordinate that is sent."""
         return 2 * sum(self._sent(layout))
 
-    def encode(self, leaves: Leaves, layout: Layout, round_: Round) -> Array:
+    def encode(self, leaves: Leaves, layout: Layout, round_: Round) -> list[Array]:
         """Values, then places."""
         del round_
         flat = [x.reshape(-1) for x in leaves]
         pairs = zip(flat, self._sent(layout), strict=True)
         places = [jax.lax.top_k(jnp.abs(x), k)[1] for x, k in pairs]
         values = [to_words(x[at]) for x, at in zip(flat, places, strict=True)]
-        return jnp.concatenate([*values, *(at.astype(jnp.uint32) for at in places)])
+        return [*values, *(at.astype(jnp.uint32) for at in places)]
 
     def decode(self, message: Array, layout: Layout) -> Leaves:
         """Zeros, but for the places that were sent."""

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What compare.py compares: each method's transformation, bytes, and where its search begins.
+
+A transformation is made of a learning rate and a weight decay, which may be traced: one compiled
+program serves the whole search.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+
+import distlion_jax as dl
+from distlion_jax.baselines import (
+    QSGD,
+    Compressor,
+    EFSign,
+    PowerSGD,
+    TernGrad,
+    TopK,
+    compressed_average,
+    deep_gradient_compression,
+    distributed_signum,
+    sign_sgd,
+)
+
+Tx = optax.GradientTransformationExtraArgs
+DENSITY = 0.04  # of GradDrop and DGC, as in the paper's comparison
+WARMUP = 0.05  # of the steps: up to the peak; then down along a cosine
+
+
+class Method(NamedTuple):
+    """One method of the comparison."""
+
+    make: Callable[[Any, Any, int], Tx]  # of learning rate (a schedule), weight decay, steps
+    cost: Callable[[Any, int], dl.WireCost]  # of parameters and workers
+    learning_rate: float  # where its search begins
+    weight_decay: float
+    group: str  # for plots
+
+
+def warmup_cosine(peak: Any, steps: int) -> Callable[[Any], Any]:
+    """A schedule; the peak may be traced."""
+    warmup = max(1, round(WARMUP * steps))
+
+    def rate(count: Any) -> Any:
+        cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * count / steps))
+        return peak * jnp.minimum((count + 1) / warmup, cosine)
+
+    return rate
+
+
+def _decoupled(direction: optax.GradientTransformation, rate: Any, decay: Any) -> Any:
+    return optax.chain(
+        direction, optax.add_decayed_weights(decay), optax.scale_by_learning_rate(rate)
+    )
+
+
+DIRECTIONS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "lion": lambda: optax.scale_by_lion(0.9, 0.99),
+    "adamw": optax.scale_by_adam,
+    "sgdm": lambda: optax.trace(0.9),
+    "sgd": optax.identity,
+}
+RATES = {"lion": 1e-3, "adamw": 3e-3, "sgdm": 3e-2, "sgd": 0.3}
+DECAYS = {"lion": 0.1, "adamw": 0.03, "sgdm": 1e-3, "sgd": 1e-3}
+
+
+def _after(average: Callable[[int], Any], name: str, cost: Any, group: str) -> Method:
+    """An ordinary optimizer on an average over the workers."""
+
+    def make(rate: Any, decay: Any, steps: int) -> Any:
+        optimizer = _decoupled(DIRECTIONS[name](), rate, decay)
+        return optax.chain(average(steps), dl.replicated(optimizer))
+
+    return Method(make, cost, RATES[name], DECAYS[name], group)
+
+
+def _dense(name: str, dtype: str = "f32") -> Method:
+    wire = {"f32": None, "bf16": jnp.bfloat16}[dtype]
+    cost = lambda params, n: dl.full_precision_cost(params, n, dtype)  # noqa: E731
+    return _after(lambda _: dl.average_gradients(wire_dtype=wire), name, cost, "full precision")
+
+
+def _compressed(compressor: Compressor, name: str) -> Method:
+    return _after(lambda _: compressed_average(compressor), name, compressor.cost, "compressed")
+
+
+def _dgc(steps: int) -> Any:
+    # Four stages of falling density in the first fifth of the steps, as its authors do by epochs.
+    stages = (0.25, 0.16, 0.1, 0.0625)
+    return deep_gradient_compression(
+        DENSITY, 0.9, stages, max(1, steps // 5 // len(stages)), clip_norm=1.0
+    )
+
+
+def _vote(make: Callable[..., Any], rate: float, decay: float, **options: Any) -> Method:
+    """A vote; simulated workers gather ballots, and the cost is of the transport with fewest bytes.
+
+    All transports give the same, bit for bit.
+    """
+
+    def build(schedule: Any, weight_decay: Any, steps: int) -> Any:
+        del steps
+        rest = {"transport": "all_gather", "health": "off"} | options
+        return make(schedule, weight_decay=weight_decay, **rest)
+
+    cost = lambda params, n: dl.wire_cost(params, n, **options)  # noqa: E731
+    return Method(build, cost, rate, decay, "vote")
+
+
+METHODS: dict[str, Method] = {
+    "D-Lion majority": _vote(dl.distributed_lion, 1e-3, 0.1),
+    "D-Lion average": _vote(dl.distributed_lion, 2e-3, 0.05, aggregation="average"),
+    "D-SIGNUM majority": _vote(distributed_signum, 1e-3, 0.1),
+    "D-SIGNUM average": _vote(distributed_signum, 2e-3, 0.05, aggregation="average"),
+    "signSGD majority": _vote(sign_sgd, 1e-3, 0.1),
+    "Lion": _dense("lion"),
+    "AdamW": _dense("adamw"),
+    "SGD momentum": _dense("sgdm"),
+    "EF-signSGD": _compressed(EFSign(), "sgd"),
+    "QSGD": _compressed(QSGD(), "sgdm"),
+    "TernGrad": _compressed(TernGrad(), "sgdm"),
+    "GradDrop": _compressed(TopK(DENSITY), "sgd"),
+    "DGC": _after(_dgc, "sgd", TopK(DENSITY).cost, "compressed"),
+    "PowerSGD": _compressed(PowerSGD(2), "sgdm"),
+    # The same compressors before the optimizer that transformers are trained with.
+    "QSGD + AdamW": _compressed(QSGD(), "adamw"),
+    "TernGrad + AdamW": _compressed(TernGrad(), "adamw"),
+    "PowerSGD + AdamW": _compressed(PowerSGD(2), "adamw"),
+    # A wire of 16 bits.
+    "Lion bf16": _dense("lion", "bf16"),
+    "AdamW bf16": _dense("adamw", "bf16"),
+    "SGD momentum bf16": _dense("sgdm", "bf16"),
+}
+DEFAULT = tuple(name for name in METHODS if not name.endswith("bf16"))

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables and plots of compare.py's results.
+
+In:  the rows of ``results.jsonl``. Out: ``results.md``, and for each task ``TASK_workers.png``,
+``TASK_bits.png`` and ``TASK_bytes.png``.
+"""
+
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from compare_methods import METHODS
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+Row = dict[str, Any]
+BASE = "Lion"  # what differences are taken to, seed by seed
+COLOURS = {"vote": "Blues", "full precision": "Greys", "compressed": "Oranges"}
+MARKERS = "os^Dv<>Pp*Xhd"
+
+
+def quality(row: Row) -> float:
+    """Accuracy in % of images, loss in nats a character of text; nan where a run diverged."""
+    return 100 * row["accuracy"] if row["task"] == "images" else row["loss"]
+
+
+def unit(task: str) -> str:
+    """What :func:`quality` is of."""
+    return "accuracy, %" if task == "images" else "loss, nats a character"
+
+
+def runs(rows: Iterable[Row], task: str) -> dict[tuple[str, int], dict[int, Row]]:
+    """Rows of the final runs of a task: by method and workers, then by seed."""
+    out: dict[tuple[str, int], dict[int, Row]] = {}
+    for row in rows:
+        if row["kind"] == "run" and row["task"] == task:
+            out.setdefault((row["method"], row["workers"]), {})[row["seed"]] = row
+    return out
+
+
+def spread(values: list[float], form: str) -> str:
+    """Mean and standard deviation."""
+    if len(values) < 2:
+        return format(values[0], form)
+    return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}"
+
+
+def _form(task: str) -> str:
+    return ".1f" if task == "images" else ".3f"
+
+
+def _table(head: list[str], body: Iterable[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in body])
+
+
+def _names(found: dict[tuple[str, int], Any]) -> list[str]:
+    have = {method for method, _ in found}
+    return [name for name in METHODS if name in have]
+
+
+def qualities(found: dict[tuple[str, int], dict[int, Row]], task: str) -> str:
+    """A row a method: bits, chosen rates, and quality by number of workers."""
+    ns = sorted({n for _, n in found})
+    head = [
+        "method",
+        *(f"n = {n}" for n in ns),
+        *(f"bits, n = {n}" for n in ns[:: len(ns) - 1 or 1]),
+    ]
+    head += ["learning rate", "weight decay"]
+
+    def line(name: str) -> list[str]:
+        cells = [
+            spread([quality(r) for r in found[name, n].values()], _form(task))
+            if (name, n) in found else "not run"
+            for n in ns
+        ]  # fmt: skip
+        some = {n: next(iter(found[name, n].values())) for n in ns if (name, n) in found}
+        bits = [f"{some[n]['bits']:.2f}" if n in some else "" for n in ns[:: len(ns) - 1 or 1]]
+        one = next(iter(some.values()))
+        return [name, *cells, *bits, f"{one['learning_rate']:.2g}", f"{one['weight_decay']:.2g}"]
+
+    return _table(head, (line(name) for name in _names(found)))
+
+
+def differences(found: dict[tuple[str, int], dict[int, Row]], task: str) -> str:
+    """Quality less full-precision Lion's, seed by seed."""
+    ns = sorted({n for _, n in found})
+
+    def cell(name: str, n: int) -> str:
+        mine, base = found.get((name, n), {}), found.get((BASE, n), {})
+        pairs = [quality(mine[s]) - quality(base[s]) for s in mine if s in base]
+        return spread(pairs, "+" + _form(task)).replace("± +", "± ") if pairs else ""
+
+    rows = ([name, *(cell(name, n) for n in ns)] for name in _names(found) if name != BASE)
+    return _table([f"less {BASE}", *(f"n = {n}" for n in ns)], rows)
+
+
+def _styles(names: list[str]) -> dict[str, dict[str, Any]]:
+    """A hue a group, a marker a method."""
+    out = {}
+    for group, colours in COLOURS.items():
+        mine = [name for name in names if METHODS[name].group == group]
+        for i, name in enumerate(mine):
+            shade = 0.45 + 0.5 * (i + 1) / len(mine)
+            out[name] = {"color": mpl.colormaps[colours](shade), "marker": MARKERS[i % 13]}
+    return out
+
+
+def _figure(task: str, title: str, draw: Callable[[Any], None], file: Path) -> None:
+    figure, axes = plt.subplots(figsize=(9, 5.2), layout="constrained")
+    draw(axes)
+    axes.set_title(title)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def _points(some: dict[int, Row]) -> tuple[float, float]:
+    values = np.array([quality(row) for row in some.values()])
+    return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else 0.0
+
+
+def plots(found: dict[tuple[str, int], dict[int, Row]], task: str, out: Path) -> None:
+    """The three plots of a task."""
+    names, ns = _names(found), sorted({n for _, n in found})
+    styles = _styles(names)
+
+    def by_workers(axes: Any) -> None:
+        for name in names:
+            mine = [n for n in ns if (name, n) in found]
+            points = [_points(found[name, n]) for n in mine]
+            means, errors = zip(*points, strict=True)
+            axes.errorbar(mine, means, errors, label=name, capsize=2, linewidth=1.2, **styles[name])
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ns, [str(n) for n in ns])
+        axes.set_xlabel("workers (each with its own batch)")
+        axes.set_ylabel(unit(task))
+
+    def by_bits(axes: Any) -> None:
+        for name in names:
+            if (name, ns[-1]) not in found:
+                continue
+            some = found[name, ns[-1]]
+            mean, error = _points(some)
+            bits = next(iter(some.values()))["bits"]
+            axes.errorbar(bits, mean, error, label=name, capsize=2, linestyle="", **styles[name])
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel("bits received by each worker, a parameter and step")
+        axes.set_ylabel(unit(task))
+
+    def by_bytes(axes: Any) -> None:
+        n = 8 if 8 in ns else ns[0]
+        for name in names:
+            some = list(found.get((name, n), {}).values())
+            if not some:
+                continue
+            whole = min(len(row["curve"]) for row in some)
+            curve = np.mean([row["curve"][:whole] for row in some], axis=0)
+            steps = some[0]["steps"] * (np.arange(whole) + 1) / len(some[0]["curve"])
+            style = {"color": styles[name]["color"], "marker": styles[name]["marker"]}
+            axes.plot(steps * some[0]["bytes"] / 1e6, curve, label=name, markevery=10, **style)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel(f"received by each of {n} workers, MB")
+        axes.set_ylabel("training loss, nats")
+
+    what = "Images" if task == "images" else "Text"
+    _figure(task, f"{what}: quality against workers", by_workers, out / f"{task}_workers.png")
+    _figure(task, f"{what}: {ns[-1]} workers", by_bits, out / f"{task}_bits.png")
+    _figure(task, f"{what}: training against bytes", by_bytes, out / f"{task}_bytes.png")
+
+
+def write(rows: list[Row], out: Path) -> str:
+    """Writes tables and plots to the folder; returns the tables."""
+    parts = []
+    for task in sorted({row["task"] for row in rows}):
+        found = runs(rows, task)
+        if not found:
+            continue
+        one = next(iter(next(iter(found.values())).values()))
+        seeds = sorted({seed for some in found.values() for seed in some})
+        versions = ", ".join(f"{k} {v}" for k, v in one["versions"].items())
+        parts += [
+            f"## {task}: {unit(task)}",
+            f"{one['parameters']:,} parameters; {one['setting']}. Seeds "
+            + ", ".join(map(str, seeds))
+            + f": mean ± standard deviation. {versions}.",
+            qualities(found, task),
+            f"Paired by seed:\n\n{differences(found, task)}",
+        ]
+        plots(found, task, out)
+    text = "\n\n".join(parts) or "no runs yet"
+    (out / "results.md").write_text(text + "\n")
+    return text

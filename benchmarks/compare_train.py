@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run of compare.py: n workers simulated exactly on one device, by ``jax.vmap``.
+
+In:  a task, a method, a number of workers, a seed, a learning rate and a weight decay.
+Out: losses, the held-out quality, seconds. All methods see the same batches and begin with the same
+weights at the same seed.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+import models
+import sources
+from compare_methods import METHODS, warmup_cosine
+from config import CORPUS
+
+import distlion_jax as dl
+
+CHUNK = 25  # steps of one call
+
+
+class Task(NamedTuple):
+    """What is trained: a model on real data."""
+
+    name: str
+    data: sources.Data
+    model: nn.Module
+    evaluate: Callable[[Any], tuple[float, float]]  # of parameters: held-out loss, accuracy
+    batch: int  # rows a worker and step
+    steps: int
+
+    @property
+    def summary(self) -> str:
+        """What results of one file have in common."""
+        return f"{self.model!r}; {self.batch} rows a worker, {self.steps} steps; " + (
+            self.data.description
+        )
+
+
+class Result(NamedTuple):
+    """What a run gave."""
+
+    losses: list[float]  # training, mean of all workers, a step each
+    loss: float  # held out, nats
+    accuracy: float  # held out
+    seconds: float  # of training, compiling left out after the first run
+    parameters: int
+
+
+def make_task(name: str, size: dict[str, Any], folder: Path | None = None) -> Task:
+    """The task of that name, ``text`` or ``images``, with its data."""
+    if name == "text":
+        data = sources.load_text(CORPUS, size["eval_rows"])
+        model: nn.Module = models.Transformer(data.classes, size["layers"], size["width"])
+    else:
+        data = sources.load_images(folder, size["eval_rows"])
+        model = models.VisionTransformer(data.classes, size["patch"], size["layers"], size["width"])
+    evaluate = models.make_evaluation(model, data.held_out, dl.worker_mesh(1), rows=256)
+    return Task(name, data, model, evaluate, size["batch"], size["steps"])
+
+
+def _axes(state: Any) -> Any:
+    """Where the worker axis of each part of the state is: nowhere in what workers share."""
+    shared = lambda node: isinstance(node, dl.ReplicatedState)  # noqa: E731
+    return jax.tree.map(lambda x: None if shared(x) else 0, state, is_leaf=shared)
+
+
+def stacked(state: Any, n: int) -> Any:
+    """The state of n workers."""
+    return jax.tree.map(
+        lambda x, axis: x if axis is None else jnp.broadcast_to(x, (n, *jnp.shape(x))),
+        state, _axes(state), is_leaf=lambda node: isinstance(node, dl.ReplicatedState),
+    )  # fmt: skip
+
+
+class Trainer:
+    """Compiles the steps of one method and number of workers once, for any seed and rates."""
+
+    def __init__(self, task: Task, method: str, n: int) -> None:
+        self.task, self.n = task, n
+        self.loss = models.make_loss(task.model)
+        self.method = METHODS[method]
+        self.chunk = jax.jit(self._chunk, donate_argnums=(2, 3))
+
+    def _tx(self, rate: Any, decay: Any) -> Any:
+        steps = self.task.steps
+        return self.method.make(warmup_cosine(rate, steps), decay, steps)
+
+    def _chunk(self, rate: Any, decay: Any, params: Any, state: Any, batches: Any) -> Any:
+        tx = self._tx(rate, decay)
+
+        def worker(params: Any, state: Any, batch: Any) -> Any:
+            loss, gradient = jax.value_and_grad(self.loss)(params, batch)
+            updates, state = tx.update(gradient, state, params)
+            return optax.apply_updates(params, updates), state, loss
+
+        axes = _axes(state)
+        workers = jax.vmap(worker, (None, axes, 0), (None, axes, 0), axis_name="data")
+
+        def step(carry: Any, batch: Any) -> Any:
+            params, state, losses = workers(*carry, batch)
+            return (params, state), losses.mean()
+
+        (params, state), losses = jax.lax.scan(step, (params, state), batches)
+        return params, state, losses
+
+    def _batches(self, rng: np.random.Generator, steps: int) -> Any:
+        rows = [self.task.data.draw(rng, self.n * self.task.batch) for _ in range(steps)]
+        shape = (steps, self.n, self.task.batch)
+        return {k: np.stack([r[k] for r in rows]).reshape(*shape, *rows[0][k].shape[1:])
+                for k in rows[0]}  # fmt: skip
+
+    def run(
+        self, seed: int, rate: float, decay: float, tell: Callable[[int], Any] = lambda steps: None
+    ) -> Result:
+        """Trains from the weights and on the batches of a seed; ``tell`` hears of steps done."""
+        params = models.initial_params(self.task.model, self.task.data, seed)
+        state = stacked(self._tx(rate, decay).init(params), self.n)
+        rng = np.random.default_rng(seed)
+        rates = jnp.float32(rate), jnp.float32(decay)
+        losses: list[float] = []
+        began = time.perf_counter()
+        while len(losses) < self.task.steps:
+            steps = min(CHUNK, self.task.steps - len(losses))
+            params, state, some = self.chunk(*rates, params, state, self._batches(rng, steps))
+            losses += np.asarray(some, np.float64).tolist()
+            tell(steps)
+            if not np.isfinite(losses[-1]):  # diverged: the rest would be nan too
+                tell(self.task.steps - len(losses))
+                break
+        seconds = time.perf_counter() - began
+        loss, accuracy = self.task.evaluate(params)
+        size = sum(x.size for x in jax.tree.leaves(params))
+        return Result(losses, loss, accuracy, seconds, size)
+
+    def cost(self) -> dl.WireCost:
+        """Of one step."""
+        params = jax.eval_shape(lambda: models.initial_params(self.task.model, self.task.data, 0))
+        return self.method.cost(params, self.n)

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The comparison: exact simulation, a fair search, results that are kept, and what it writes."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import distlion_jax as dl
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+SIZE = {"steps": 3, "batch": 2, "layers": 1, "width": 32, "eval_rows": 32}
+
+
+def load(monkeypatch, name):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module(name)
+
+
+@pytest.fixture
+def train(monkeypatch):
+    return load(monkeypatch, "compare_train")
+
+
+@pytest.fixture
+def compare(monkeypatch):
+    return load(monkeypatch, "compare")
+
+
+@pytest.fixture
+def task(train):
+    return train.make_task("text", SIZE)
+
+
+def in_a_mesh(train, task, method, n, seed, rate, decay):
+    """The same training on n devices, by the package's own train step."""
+    mesh = dl.worker_mesh(n)
+    chosen = train.METHODS[method]
+    tx = chosen.make(train.warmup_cosine(rate, task.steps), decay, task.steps)
+    loss = train.models.make_loss(task.model)
+    params = dl.replicate(train.models.initial_params(task.model, task.data, seed), mesh)
+    state = dl.init_state(tx, params, mesh)
+    step = dl.make_train_step(loss, tx, mesh)
+    rng = np.random.default_rng(seed)
+    losses = []
+    for _ in range(task.steps):
+        batch = task.data.draw(rng, n * task.batch)
+        params, state, metrics = step(params, state, batch)
+        losses.append(float(metrics.loss))
+    return losses
+
+
+METHODS = ("D-Lion majority", "AdamW", "QSGD + AdamW", "TernGrad", "DGC", "PowerSGD")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_simulated_workers_train_as_devices_do(train, task, method):
+    """Up to the rounding of a gradient, which differs between a batch of workers and one."""
+    trainer = train.Trainer(task, method, 4)
+    result = trainer.run(7, 1e-2, 0.1)
+    want = in_a_mesh(train, task, method, 4, 7, 1e-2, 0.1)
+    np.testing.assert_allclose(result.losses, want, rtol=2e-3)
+    assert result.losses[0] != result.losses[-1]
+    assert trainer.cost().bytes_received > 0
+
+
+@pytest.mark.slow
+def test_every_method_trains(train):
+    task = train.make_task("text", SIZE | {"steps": 40})
+    for method, chosen in train.METHODS.items():
+        rates = chosen.learning_rate, chosen.weight_decay
+        result = train.Trainer(task, method, 4).run(0, *rates)
+        assert np.mean(result.losses[-5:]) < result.losses[0] - 0.05, method
+        again = train.Trainer(task, method, 4).run(0, *rates)
+        assert again.losses == result.losses, method
+
+
+def test_search_spends_its_budget_near_the_best(compare):
+    def loss(job):  # least at a learning rate 9 times the start, decay as it is
+        rate = np.log(job.learning_rate / 9e-3) / np.log(3)
+        return rate**2 + np.log(job.weight_decay / 0.1) ** 2
+
+    seen, jobs = {}, []
+    for job in compare.search("D-Lion majority", 8, 10, seen):
+        jobs.append(job)
+        place = (
+            round(np.log(job.learning_rate / 1e-3) / np.log(3), 2),
+            round(np.log(job.weight_decay / 0.1) / np.log(4), 2),
+        )
+        seen[place] = loss(job)
+    assert len(set(jobs)) == 10
+    best = min(jobs, key=loss)
+    assert best.learning_rate == pytest.approx(9e-3)
+    assert best.weight_decay == pytest.approx(0.1)
+
+
+ARGUMENTS = [
+    "--task", "text", "--size", "quick", "--steps", "2", "--budget", "2", "--workers", "2", "4",
+    "--search-workers", "2", "--seeds", "1", "2",
+]  # fmt: skip
+
+
+def start(folder, *flags):
+    command = [sys.executable, str(BENCHMARKS / "compare.py"), "--out", str(folder), *flags]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_a_second_run_measures_nothing_and_says_the_same(tmp_path):
+    methods = ["--methods", "D-Lion majority", "Lion"]
+    first = start(tmp_path, *ARGUMENTS, *methods)
+    assert first.returncode == 0, first.stderr
+    file = tmp_path / "results.jsonl"
+    lines = file.read_text().splitlines()
+    assert len(lines) == 2 * (2 + 2 * 2)
+    file.write_text("\n".join(lines[:5]) + "\n")  # as if it had been killed
+    second = start(tmp_path, *ARGUMENTS, *methods)
+    assert second.returncode == 0, second.stderr
+    again = file.read_text().splitlines()
+    assert again[:5] == lines[:5]
+    assert len(again) == len(lines)
+    strip = lambda line: {k: v for k, v in json.loads(line).items() if k != "seconds"}  # noqa: E731
+    assert list(map(strip, again)) == list(map(strip, lines))
+    before = file.read_text()
+    third = start(tmp_path, *ARGUMENTS, *methods)
+    assert file.read_text() == before
+    assert third.stdout == first.stdout
+    assert "| D-Lion majority |" in first.stdout
+    assert "| less Lion |" in first.stdout
+    for plot in ("workers", "bits", "bytes"):
+        assert (tmp_path / f"text_{plot}.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("nonsense", "is no results file of compare.py"),
+        ('{"format": 99}', "is of format 99, this is 1: use another --out"),
+    ],
+)
+def test_other_results_are_not_mixed_in(tmp_path, row, message):
+    (tmp_path / "results.jsonl").write_text(row + "\n")
+    done = start(tmp_path, *ARGUMENTS)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_results_of_another_setting_are_not_mixed_in(tmp_path):
+    methods = ["--methods", "Lion", "--budget", "1"]
+    assert start(tmp_path, *ARGUMENTS, *methods).returncode == 0
+    done = start(tmp_path, *ARGUMENTS, *methods, "--steps", "3")
+    assert done.returncode == 2
+    assert "has results of another setting" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--methods", "SGD-M"], "invalid choice: 'SGD-M'"),
+        (["--workers", "1"], "--workers and --search-workers: at least 2"),
+        (["--budget", "0"], "--budget must lie in [1, 24]; got 0"),
+        (["--seeds", "1000"], "not 1000, which the search uses"),
+        (["--steps", "0"], "--steps must be at least 1; got 0"),
+    ],
+)
+def test_bad_flags_get_one_clear_line(compare, capsys, flags, message):
+    with pytest.raises(SystemExit):
+        compare.parse(flags)
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_cifar_10_is_read(train, tmp_path):
+    """A small file in its binary format: a label, then red, green and blue planes."""
+    rng = np.random.default_rng(0)
+    files = {}
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        images = rng.integers(0, 256, (7, 32, 32, 3), np.uint8)
+        labels = rng.integers(0, 10, (7, 1), np.uint8)
+        planes = images.transpose(0, 3, 1, 2).reshape(7, -1)
+        (tmp_path / f"{name}.bin").write_bytes(np.concatenate([labels, planes], 1).tobytes())
+        files[name] = images, labels[:, 0]
+    data = train.sources.load_images(tmp_path, 5)
+    np.testing.assert_array_equal(data.held_out["x"], files["test_batch"][0][:5])
+    np.testing.assert_array_equal(data.held_out["y"], files["test_batch"][1][:5])
+    assert "35 images of 32x32 to train on" in data.description
+    assert data.draw(np.random.default_rng(0), 3)["x"].shape == (3, 32, 32, 3)
+    (tmp_path / "data_batch_3.bin").write_bytes(b"12345")
+    with pytest.raises(train.sources.UsageError, match=r"data_batch_3\.bin holds 5 bytes, no mult"):
+        train.sources.load_images(tmp_path, 5)
+
+
+def test_vision_transformer_reads_colour(train):
+    model = train.models.VisionTransformer(10, patch=8, layers=1, width=16)
+    images = jnp.zeros((2, 32, 32, 3), jnp.uint8)
+    params = model.init(jax.random.key(0), images)
+    assert model.apply(params, images).shape == (2, 10)
+    assert optax.tree.size(params) > 0
