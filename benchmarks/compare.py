@@ -3,6 +3,7 @@
 
     python benchmarks/compare.py --size quick          # a look, in minutes on 2 cores
     python benchmarks/compare.py --task images text    # what the README shows: hours on 2 cores
+    python benchmarks/compare.py --splits 0.25 0.05    # workers with unlike data
     python benchmarks/compare.py --size paper --images-dir CIFAR   # the paper's, for a GPU or TPU
 
 Every method gets a search of its own over learning rate and weight decay, with the same number of
@@ -59,6 +60,7 @@ class Job(NamedTuple):
     """One run."""
 
     kind: str  # "trial" of the search, or "run"
+    split: str  # how rows are split over workers: "iid", "groups", or an alpha
     method: str
     workers: int
     seed: int
@@ -67,7 +69,7 @@ class Job(NamedTuple):
 
     def key(self, task: str) -> tuple[Any, ...]:
         """What tells it from others in the file."""
-        return (task, *self[:4], f"{self.learning_rate:.6g}", f"{self.weight_decay:.6g}")
+        return (task, *self[:5], f"{self.learning_rate:.6g}", f"{self.weight_decay:.6g}")
 
 
 class UsageError(Exception):
@@ -122,13 +124,16 @@ def nearby(best: Place, seen: dict[Place, float]) -> Place:
     raise AssertionError("the budget is larger than the grid")
 
 
-def search(method: str, workers: int, budget: int, losses: dict[Place, float]) -> Iterator[Job]:
+def search(
+    split: str, method: str, workers: int, budget: int, losses: dict[Place, float]
+) -> Iterator[Job]:
     """The trials of a method; the caller notes the loss of each under the last place."""
     place: Place = (0.0, 0.0)
     for _ in range(budget):
         start = METHODS[method]
         yield Job(
             "trial",
+            split,
             method,
             workers,
             SEARCH_SEED,
@@ -168,11 +173,14 @@ class Comparison:
         if self.trainer[0] != (job.method, job.workers):
             self.trainer = ((job.method, job.workers), self.make_trainer(job.method, job.workers))
         trainer = self.trainer[1]
-        self.bar.set_postfix_str(f"{self.task.name}: {job.kind} of {job.method}, n = {job.workers}")
+        self.bar.set_postfix_str(
+            f"{self.task.name}, {job.split}: {job.kind} of {job.method}, n = {job.workers}"
+        )
         result = trainer.run(
             job.seed,
             job.learning_rate,
             job.weight_decay,
+            job.split,
             lambda steps: self.bar.update(steps * job.workers),
         )
         cost = trainer.cost()
@@ -193,12 +201,12 @@ class Comparison:
         self.results.add(row)
         return row
 
-    def best(self, method: str) -> Row:
+    def best(self, split: str, method: str) -> Row:
         """The best trial of a method."""
         losses: dict[Place, float] = {}
         rows = []
         start = METHODS[method]
-        for job in search(method, self.args.search_workers, self.args.budget, losses):
+        for job in search(split, method, self.args.search_workers, self.args.budget, losses):
             row = self.do(job)
             i = math.log(job.learning_rate / start.learning_rate, LEARNING_RATE_STEP)
             j = math.log(job.weight_decay / start.weight_decay, WEIGHT_DECAY_STEP)
@@ -209,12 +217,11 @@ class Comparison:
 
     def run(self) -> None:
         """The search of every method, then all runs, one number of workers after the other."""
-        best = {method: self.best(method) for method in self.args.methods}
-        for n, method, seed in itertools.product(
-            self.args.workers, self.args.methods, self.args.seeds
-        ):
-            chosen = best[method]
-            self.do(Job("run", method, n, seed, chosen["learning_rate"], chosen["weight_decay"]))
+        pairs = list(itertools.product(self.args.splits, self.args.methods))
+        best = {pair: self.best(*pair) for pair in pairs}
+        for n, pair, seed in itertools.product(self.args.workers, pairs, self.args.seeds):
+            rates = best[pair]["learning_rate"], best[pair]["weight_decay"]
+            self.do(Job("run", *pair, n, seed, *rates))
 
 
 def binned(losses: list[float], bins: int) -> list[float]:
@@ -232,6 +239,18 @@ def versions() -> dict[str, str]:
     }
 
 
+def _split(text: str) -> str:
+    if text in ("iid", "groups"):
+        return text
+    try:
+        alpha = float(text)
+    except ValueError:
+        alpha = 0.0
+    if not alpha > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not iid, groups, or an alpha above 0")
+    return f"{alpha:g}"
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     p = argparse.ArgumentParser(
@@ -244,6 +263,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                    help=f"of: {'; '.join(METHODS)}")  # fmt: skip
     p.add_argument("--workers", nargs="+", type=int, default=[4, 8, 16, 32], metavar="N")
     p.add_argument("--seeds", nargs="+", type=int, default=[42, 52, 62], metavar="SEED")
+    p.add_argument("--splits", nargs="+", type=_split, default=["iid"], metavar="SPLIT",
+                   help="whose rows a worker sees: iid (anybody's), groups (whole works; whole "
+                   "labels), or a number: alpha of a Dirichlet mix of labels")  # fmt: skip
     p.add_argument("--budget", type=int, default=10, help="trials of each method's search")
     p.add_argument("--search-workers", type=int, default=8, metavar="N", help="workers of a trial")
     p.add_argument("--steps", type=int, help="training steps, instead of the size's")
@@ -271,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
         each = args.budget * args.search_workers + sum(args.workers) * len(args.seeds)
         for name in args.task:
             steps = args.steps or SIZES[args.size][name]["steps"]
-            total = steps * each * len(args.methods)
+            total = steps * each * len(args.methods) * len(args.splits)
             with tqdm(total=total, unit="worker step", unit_scale=True, dynamic_ncols=True,
                       disable=not sys.stderr.isatty()) as bar:  # fmt: skip
                 Comparison(args, name, results, bar).run()

@@ -2,7 +2,7 @@
 """Tables and plots of compare.py's results.
 
 In:  the rows of ``results.jsonl``. Out: ``results.md``, and for each task ``TASK_workers.png``,
-``TASK_bits.png`` and ``TASK_bytes.png``.
+``TASK_bits.png`` and ``TASK_bytes.png`` (``TASK_SPLIT_...`` where rows are not i.i.d.).
 """
 
 import statistics
@@ -33,11 +33,11 @@ def unit(task: str) -> str:
     return "accuracy, %" if task == "images" else "loss, nats a character"
 
 
-def runs(rows: Iterable[Row], task: str) -> dict[tuple[str, int], dict[int, Row]]:
-    """Rows of the final runs of a task: by method and workers, then by seed."""
+def runs(rows: Iterable[Row], task: str, split: str) -> dict[tuple[str, int], dict[int, Row]]:
+    """Rows of the final runs of a task and split: by method and workers, then by seed."""
     out: dict[tuple[str, int], dict[int, Row]] = {}
     for row in rows:
-        if row["kind"] == "run" and row["task"] == task:
+        if (row["kind"], row["task"], row["split"]) == ("run", task, split):
             out.setdefault((row["method"], row["workers"]), {})[row["seed"]] = row
     return out
 
@@ -127,8 +127,8 @@ def _points(some: dict[int, Row]) -> tuple[float, float]:
     return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else 0.0
 
 
-def plots(found: dict[tuple[str, int], dict[int, Row]], task: str, out: Path) -> None:
-    """The three plots of a task."""
+def plots(found: dict[tuple[str, int], dict[int, Row]], task: str, out: Path, stem: str) -> None:
+    """The three plots of a task and split."""
     names, ns = _names(found), sorted({n for _, n in found})
     styles = _styles(names)
 
@@ -173,30 +173,30 @@ def plots(found: dict[tuple[str, int], dict[int, Row]], task: str, out: Path) ->
         axes.set_ylabel("training loss, nats")
 
     what = "Images" if task == "images" else "Text"
-    _figure(task, f"{what}: quality against workers", by_workers, out / f"{task}_workers.png")
-    _figure(task, f"{what}: {ns[-1]} workers", by_bits, out / f"{task}_bits.png")
-    _figure(task, f"{what}: training against bytes", by_bytes, out / f"{task}_bytes.png")
+    _figure(task, f"{what}: quality against workers", by_workers, out / f"{stem}_workers.png")
+    _figure(task, f"{what}: {ns[-1]} workers", by_bits, out / f"{stem}_bits.png")
+    _figure(task, f"{what}: training against bytes", by_bytes, out / f"{stem}_bytes.png")
 
 
 def write(rows: list[Row], out: Path) -> str:
     """Writes tables and plots to the folder; returns the tables."""
     parts = []
-    for task in sorted({row["task"] for row in rows}):
-        found = runs(rows, task)
+    for task, split in sorted({(row["task"], row["split"]) for row in rows}):
+        found = runs(rows, task, split)
         if not found:
             continue
         one = next(iter(next(iter(found.values())).values()))
         seeds = sorted({seed for some in found.values() for seed in some})
         versions = ", ".join(f"{k} {v}" for k, v in one["versions"].items())
         parts += [
-            f"## {task}: {unit(task)}",
+            f"## {task}, {split}: {unit(task)}",
             f"{one['parameters']:,} parameters; {one['setting']}. Seeds "
             + ", ".join(map(str, seeds))
             + f": mean ± standard deviation. {versions}.",
             qualities(found, task),
             f"Paired by seed:\n\n{differences(found, task)}",
         ]
-        plots(found, task, out)
+        plots(found, task, out, task if split == "iid" else f"{task}_{split}")
     text = "\n\n".join(parts) or "no runs yet"
     (out / "results.md").write_text(text + "\n")
     return text

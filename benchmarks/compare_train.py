@@ -8,7 +8,7 @@ weights at the same seed.
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import partition
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 import models
@@ -69,18 +70,29 @@ def make_task(name: str, size: dict[str, Any], folder: Path | None = None) -> Ta
     return Task(name, data, model, evaluate, size["batch"], size["steps"])
 
 
-def _axes(state: Any) -> Any:
-    """Where the worker axis of each part of the state is: nowhere in what workers share."""
+def worker_axes(state: Any) -> Any:
+    """Of one worker's state: 0 where workers differ, None for counts and what they share."""
     shared = lambda node: isinstance(node, dl.ReplicatedState)  # noqa: E731
-    return jax.tree.map(lambda x: None if shared(x) else 0, state, is_leaf=shared)
+    count = lambda x: x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.integer)  # noqa: E731
+    return jax.tree.map(lambda x: None if shared(x) or count(x) else 0, state, is_leaf=shared)
 
 
-def stacked(state: Any, n: int) -> Any:
+def stacked(state: Any, axes: Any, n: int) -> Any:
     """The state of n workers."""
-    return jax.tree.map(
-        lambda x, axis: x if axis is None else jnp.broadcast_to(x, (n, *jnp.shape(x))),
-        state, _axes(state), is_leaf=lambda node: isinstance(node, dl.ReplicatedState),
-    )  # fmt: skip
+
+    def spread(axis: int | None, part: Any) -> Any:
+        return part if axis is None else jnp.broadcast_to(part, (n, *part.shape))
+
+    return jax.tree.map(spread, axes, state, is_leaf=lambda axis: axis is None)
+
+
+def split_rows(data: sources.Data, split: str, n: int, seed: int) -> list[np.ndarray] | None:
+    """Rows of each worker: ``iid`` (None: all of all), ``groups``, or an alpha of Dirichlet."""
+    if split == "iid":
+        return None
+    if split == "groups":
+        return partition.by_group(data.groups, n)
+    return partition.dirichlet(data.groups, n, float(split), seed)
 
 
 class Trainer:
@@ -104,35 +116,51 @@ class Trainer:
             updates, state = tx.update(gradient, state, params)
             return optax.apply_updates(params, updates), state, loss
 
-        axes = _axes(state)
+        axes = worker_axes(jax.eval_shape(tx.init, params))
         workers = jax.vmap(worker, (None, axes, 0), (None, axes, 0), axis_name="data")
 
         def step(carry: Any, batch: Any) -> Any:
-            params, state, losses = workers(*carry, batch)
+            params, state, losses = workers(carry[0], carry[1], batch)
             return (params, state), losses.mean()
 
         (params, state), losses = jax.lax.scan(step, (params, state), batches)
         return params, state, losses
 
-    def _batches(self, rng: np.random.Generator, steps: int) -> Any:
-        rows = [self.task.data.draw(rng, self.n * self.task.batch) for _ in range(steps)]
+    def _draw(self, rng: np.random.Generator, parts: Sequence[np.ndarray] | None) -> Any:
+        """The batch of all workers, one after the other."""
+        if parts is None:
+            return self.task.data.draw(rng, self.n * self.task.batch)
+        rows = [rng.choice(mine, self.task.batch) for mine in parts]
+        return self.task.data.pick(rng, np.concatenate(rows))
+
+    def _batches(self, rng: np.random.Generator, steps: int, parts: Any) -> Any:
+        rows = [self._draw(rng, parts) for _ in range(steps)]
         shape = (steps, self.n, self.task.batch)
         return {k: np.stack([r[k] for r in rows]).reshape(*shape, *rows[0][k].shape[1:])
                 for k in rows[0]}  # fmt: skip
 
     def run(
-        self, seed: int, rate: float, decay: float, tell: Callable[[int], Any] = lambda steps: None
+        self,
+        seed: int,
+        rate: float,
+        decay: float,
+        split: str = "iid",
+        tell: Callable[[int], Any] = lambda steps: None,
     ) -> Result:
         """Trains from the weights and on the batches of a seed; ``tell`` hears of steps done."""
+        parts = split_rows(self.task.data, split, self.n, seed)
         params = models.initial_params(self.task.model, self.task.data, seed)
-        state = stacked(self._tx(rate, decay).init(params), self.n)
+        state = self._tx(rate, decay).init(params)
+        state = stacked(state, worker_axes(state), self.n)
         rng = np.random.default_rng(seed)
         rates = jnp.float32(rate), jnp.float32(decay)
         losses: list[float] = []
         began = time.perf_counter()
         while len(losses) < self.task.steps:
             steps = min(CHUNK, self.task.steps - len(losses))
-            params, state, some = self.chunk(*rates, params, state, self._batches(rng, steps))
+            params, state, some = self.chunk(
+                *rates, params, state, self._batches(rng, steps, parts)
+            )
             losses += np.asarray(some, np.float64).tolist()
             tell(steps)
             if not np.isfinite(losses[-1]):  # diverged: the rest would be nan too

@@ -12,5 +12,13 @@ VOTES: dict[str, dict[str, object]] = {  # options of distributed_lion
     "average": {"aggregation": "average"},
     "average, two_phase": {"aggregation": "average", "transport": "two_phase"},
 }
-METHODS = ("local", *DENSE, *VOTES)
+# Classes of distlion_jax.baselines and their options, before Lion.
+COMPRESSED: dict[str, tuple[str, dict[str, object]]] = {
+    "qsgd": ("QSGD", {}),
+    "terngrad": ("TernGrad", {}),
+    "ef-sign": ("EFSign", {}),
+    "top-k 1%": ("TopK", {"density": 0.01}),
+    "powersgd": ("PowerSGD", {"rank": 1}),
+}
+METHODS = ("local", *DENSE, *VOTES, *COMPRESSED)
 PEERS = ("torch local", "torch ddp", "torch ddp fp16", "torch ddp powersgd")

@@ -25,9 +25,10 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
-from network_methods import DENSE, VOTES
+from network_methods import COMPRESSED, DENSE, VOTES
 
 import distlion_jax as dl
+from distlion_jax import baselines
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 from models import Transformer, make_loss, spread
@@ -66,11 +67,20 @@ def _dense(name: str) -> Method:
     return Method(tx, _mean(dtype), cost, votes=False)
 
 
+def _compressed(kind: str, options: dict[str, Any]) -> Method:
+    compressor = getattr(baselines, kind)(**options)
+    lion = dl.replicated(optax.lion(LR, weight_decay=WD))
+    tx = optax.chain(baselines.compressed_average(compressor), lion)
+    return Method(tx, lambda g: g, compressor.cost, votes=True)
+
+
 def make_method(name: str) -> Method:
     """The method of that name."""
     if name == "local":
         tx = optax.lion(LR, weight_decay=WD)
         return Method(tx, lambda g: g, lambda tree, n: None, votes=True)
+    if name in COMPRESSED:
+        return _compressed(*COMPRESSED[name])
     return _vote(**VOTES[name]) if name in VOTES else _dense(DENSE[name])
 
 
@@ -119,10 +129,13 @@ def make_step(method: Method, gradient: Callable[[Any, Any], Any], mesh: Any) ->
         updates, state = method.tx.update(g, state, params)
         return optax.apply_updates(params, updates), dl.stack(state) if method.votes else state
 
-    by_state = P("data") if method.votes else P()
-    specs = dict(in_specs=(P(), by_state, P("data")), out_specs=(P(), by_state))
-    mapped = jax.shard_map(step, mesh=mesh, check_vma=False, **specs)  # type: ignore[arg-type]
-    return jax.jit(mapped, donate_argnums=(0, 1))
+    def run(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+        by_state = dl.state_specs(state) if method.votes else P()
+        specs = dict(in_specs=(P(), by_state, P("data")), out_specs=(P(), by_state))
+        mapped = jax.shard_map(step, mesh=mesh, check_vma=False, **specs)  # type: ignore[arg-type]
+        return mapped(params, state, batch)
+
+    return jax.jit(run, donate_argnums=(0, 1))
 
 
 def prepare(method: Method, params: Any, gradient: Any, mesh: Any) -> tuple[Any, Any, Any]:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from distlion_jax import full_precision_cost, wire_cost
+from distlion_jax.baselines import QSGD, Compressor, EFSign, PowerSGD, TernGrad, TopK
 
 WORKERS = (2, 4, 8, 32, 128)
 PARAMS = {"w": jax.ShapeDtypeStruct((4096, 4096), jnp.float32)}
@@ -21,6 +22,13 @@ ROWS: tuple[tuple[str, dict[str, str]], ...] = (
     ("majority, ternary ballot, `two_phase`", {"ballot": "ternary", "transport": "two_phase"}),
     ("average, `two_phase`", {"aggregation": "average", "transport": "two_phase"}),
     ("majority, `psum` (uncompressed oracle)", {"transport": "psum"}),
+)
+BASELINES: tuple[tuple[str, Compressor], ...] = (
+    ("QSGD, 4 bits (gathered)", QSGD()),
+    ("TernGrad (counted by the vote)", TernGrad()),
+    ("EF-signSGD (gathered)", EFSign()),
+    ("Top-K of 1 %: GradDrop, DGC (gathered)", TopK(0.01)),
+    ("PowerSGD of rank 2 (all-reduced)", PowerSGD(2)),
 )
 
 
@@ -33,6 +41,8 @@ def table() -> str:
     for name, options in ROWS:
         costs = [wire_cost(PARAMS, n, **options) for n in WORKERS]  # type: ignore[arg-type]
         rows.append((name, [cost.bits_per_parameter for cost in costs]))
+    for name, compressor in BASELINES:
+        rows.append((name, [compressor.cost(PARAMS, n).bits_per_parameter for n in WORKERS]))
     lines += [f"| {name} | " + " | ".join(f"{b:.2f}" for b in bits) + " |" for name, bits in rows]
     return "\n".join(lines)
 

@@ -12,13 +12,13 @@ from distlion_jax.forecast import Link as Link
 from distlion_jax.forecast import break_even as break_even
 from distlion_jax.forecast import forecast_all_reduce as forecast_all_reduce
 from distlion_jax.forecast import forecast_vote as forecast_vote
+from distlion_jax.health import VoteHealth as VoteHealth
 from distlion_jax.ledger import Collective as Collective
 from distlion_jax.ledger import WireCost as WireCost
 from distlion_jax.ledger import compiled_collectives as compiled_collectives
 from distlion_jax.ledger import full_precision_cost as full_precision_cost
 from distlion_jax.ledger import wire_cost as wire_cost
 from distlion_jax.lion import ScaleByDistributedLionState as ScaleByDistributedLionState
-from distlion_jax.lion import VoteHealth as VoteHealth
 from distlion_jax.lion import distributed_lion as distributed_lion
 from distlion_jax.lion import scale_by_distributed_lion as scale_by_distributed_lion
 from distlion_jax.mesh import ReplicatedState as ReplicatedState

@@ -18,6 +18,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from distlion_jax import ballot as ballots
 from distlion_jax import checks, vote, wire
+from distlion_jax.health import VoteHealth, health_of, no_health
 from distlion_jax.rules import (
     Aggregation,
     AxisName,
@@ -32,15 +33,6 @@ from distlion_jax.rules import (
 from distlion_jax.words import Layout
 
 
-class VoteHealth(NamedTuple):
-    """The last round's health. Scalars; ``tied`` and ``margin`` are a list with ``"leaf"``."""
-
-    voted: Array  # bool[]; differs by worker: whether this worker took part
-    voters: Array  # int32[]; the same on all workers: how many took part
-    tied: Any  # float32[] (or a list, a scalar per leaf); same: share of coordinates tied
-    margin: Any  # float32[] (or a list, a scalar per leaf); same: mean |sum of votes| / weight
-
-
 class ScaleByDistributedLionState(NamedTuple):
     """State of :func:`scale_by_distributed_lion`; one per worker.
 
@@ -51,26 +43,6 @@ class ScaleByDistributedLionState(NamedTuple):
     count: Array  # int32[]; the same on all workers: rounds so far, seeds the coins
     mu: optax.Updates  # the parameters' shapes, `mu_dtype`; differs by worker: never sent
     health: VoteHealth | None  # the last round's; None with health="off"
-
-
-def _no_health(rules: Rules, leaves: int) -> VoteHealth | None:
-    if rules.health == "off":
-        return None
-    zero = jnp.zeros([], jnp.float32)
-    figures = zero if rules.health == "total" else [zero] * leaves
-    return VoteHealth(jnp.ones([], jnp.bool_), jnp.zeros([], jnp.int32), figures, figures)
-
-
-def _health(rules: Rules, layout: Layout, voted: Array, verdict: vote.Verdict) -> VoteHealth | None:
-    if rules.health == "off":
-        return None
-    sizes = [leaf.size for leaf in layout.leaves] if rules.health == "leaf" else [layout.size]
-    size = jnp.asarray([max(s, 1) for s in sizes], jnp.float32)
-    tied = verdict.tied / size
-    margin = verdict.margin / (size * jnp.maximum(verdict.weight, 1).astype(jnp.float32))
-    if rules.health == "leaf":
-        return VoteHealth(voted, verdict.voters, list(tied), list(margin))
-    return VoteHealth(voted, verdict.voters, tied[0], margin[0])
 
 
 def scale_by_distributed_lion(
@@ -123,7 +95,7 @@ def scale_by_distributed_lion(
     def init_fn(params: optax.Params) -> Any:
         checks.check_params(params, mu_dtype, b2)
         mu = optax.tree.zeros_like(params, dtype=mu_dtype)
-        start = _no_health(rules, len(jax.tree.leaves(params)))
+        start = no_health(rules, len(jax.tree.leaves(params)))
         return ScaleByDistributedLionState(jnp.zeros([], jnp.int32), mu, start)
 
     def update_fn(
@@ -168,7 +140,7 @@ def scale_by_distributed_lion(
             return jnp.where(voted, new, m)
 
         new_mu = [remember(g, m) for g, m in zip(gradients, mu, strict=True)]
-        figures = _health(rules, layout, voted, verdict)
+        figures = health_of(rules, layout, voted, verdict)
         return treedef.unflatten(direction), ScaleByDistributedLionState(
             jnp.asarray(optax.safe_increment(state.count)),
             treedef.unflatten(new_mu),

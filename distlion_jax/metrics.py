@@ -13,7 +13,8 @@ import numpy as np
 from jax import Array
 
 from distlion_jax import wire
-from distlion_jax.lion import ScaleByDistributedLionState, VoteHealth
+from distlion_jax.health import VoteHealth
+from distlion_jax.lion import ScaleByDistributedLionState
 
 
 class Metrics(NamedTuple):

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from distlion_jax import wire
 from distlion_jax.dense import finite_mean
-from distlion_jax.lion import VoteHealth
+from distlion_jax.health import VoteHealth
 from distlion_jax.mesh import (
     local_value_and_grad,
     per_worker,

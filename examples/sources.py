@@ -33,8 +33,13 @@ class Data:
     unit: str  # what is counted: "tokens" or "images"
     per_row: int  # units in a row
     classes: int  # distinct characters, or labels
-    draw: Callable[[np.random.Generator, int], Batch]  # this many training rows, at random
+    groups: np.ndarray  # int, of every training row: its work, or its label
+    pick: Callable[[np.random.Generator, np.ndarray], Batch]  # these training rows
     held_out: Batch
+
+    def draw(self, rng: np.random.Generator, n: int) -> Batch:
+        """So many training rows, at random."""
+        return self.pick(rng, rng.integers(0, len(self.groups), n))
 
 
 def load(config: Config) -> Data:
@@ -64,7 +69,9 @@ def load_text(path: Path, eval_rows: int) -> Data:
     ends = np.cumsum([len(work) for work in works])
     cuts = [end - int(HELD_OUT * len(work)) for work, end in zip(works, ends, strict=True)]
     begins = ends - [len(work) for work in works]
-    starts = np.concatenate([np.arange(a, b - CONTEXT) for a, b in zip(begins, cuts, strict=True)])
+    spans = [np.arange(a, b - CONTEXT) for a, b in zip(begins, cuts, strict=True)]
+    starts = np.concatenate(spans)
+    groups = np.repeat(np.arange(len(works)), [len(span) for span in spans])
     tails = np.concatenate(
         [np.arange(a, b - CONTEXT, CONTEXT) for a, b in zip(cuts, ends, strict=True)]
     )
@@ -81,15 +88,17 @@ def load_text(path: Path, eval_rows: int) -> Data:
         window = ids[at[:, None] + np.arange(CONTEXT + 1)]
         return {"x": window[:, :-1], "y": window[:, 1:]}
 
-    def draw(rng: np.random.Generator, n: int) -> Batch:
-        return windows(rng.choice(starts, n))
+    def pick(rng: np.random.Generator, rows: np.ndarray) -> Batch:
+        del rng
+        return windows(starts[rows])
 
     description = (
         f"{path.name}: {len(ids):,} characters ({len(characters)} distinct) in {len(works)} "
         f"work{'s' * (len(works) != 1)}; held out: the last {HELD_OUT:.0%} of every work, of which "
         f"{len(rows):,} windows of {CONTEXT} characters are evaluated"
     )
-    return Data(description, "tokens", CONTEXT, len(characters), draw, windows(tails[rows]))
+    held_out = windows(tails[rows])
+    return Data(description, "tokens", CONTEXT, len(characters), groups, pick, held_out)
 
 
 def _read_idx(path: Path) -> np.ndarray:
@@ -167,9 +176,8 @@ def load_images(folder: Path | None, eval_rows: int) -> Data:
     shift = SHIFT if len(y) < SMALL_SET else 0
     padded = np.pad(x, ((0, 0), (shift, shift), (shift, shift), (0, 0)))
 
-    def draw(rng: np.random.Generator, n: int) -> Batch:
-        rows = rng.integers(0, len(y), n)
-        down, right = rng.integers(0, 2 * shift + 1, (2, n, 1, 1))
+    def pick(rng: np.random.Generator, rows: np.ndarray) -> Batch:
+        down, right = rng.integers(0, 2 * shift + 1, (2, len(rows), 1, 1))
         at = rows[:, None, None], down + np.arange(height)[:, None], right + np.arange(width)
         return {"x": padded[at], "y": y[rows].astype(np.int32)}
 
@@ -179,7 +187,7 @@ def load_images(folder: Path | None, eval_rows: int) -> Data:
         f"held out: {len(y_test):,} others, of which {len(held_out['y']):,} are evaluated"
     )
     classes = int(max(y.max(), y_test.max())) + 1
-    return Data(description, "images", 1, classes, draw, held_out)
+    return Data(description, "images", 1, classes, y.astype(np.int64), pick, held_out)
 
 
 def _reason(error: Exception) -> str:

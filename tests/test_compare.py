@@ -57,7 +57,12 @@ def in_a_mesh(train, task, method, n, seed, rate, decay):
     return losses
 
 
-METHODS = ("D-Lion majority", "AdamW", "QSGD + AdamW", "TernGrad", "DGC", "PowerSGD")
+SLOW = ("AdamW", "EF-signSGD", "TernGrad", "DGC", "PowerSGD")
+METHODS = (
+    "D-Lion majority",
+    "QSGD + AdamW",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
+)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -88,7 +93,7 @@ def test_search_spends_its_budget_near_the_best(compare):
         return rate**2 + np.log(job.weight_decay / 0.1) ** 2
 
     seen, jobs = {}, []
-    for job in compare.search("D-Lion majority", 8, 10, seen):
+    for job in compare.search("iid", "D-Lion majority", 8, 10, seen):
         jobs.append(job)
         place = (
             round(np.log(job.learning_rate / 1e-3) / np.log(3), 2),
@@ -112,6 +117,7 @@ def start(folder, *flags):
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_second_run_measures_nothing_and_says_the_same(tmp_path):
     methods = ["--methods", "D-Lion majority", "Lion"]
     first = start(tmp_path, *ARGUMENTS, *methods)
@@ -152,6 +158,7 @@ def test_other_results_are_not_mixed_in(tmp_path, row, message):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_results_of_another_setting_are_not_mixed_in(tmp_path):
     methods = ["--methods", "Lion", "--budget", "1"]
     assert start(tmp_path, *ARGUMENTS, *methods).returncode == 0
@@ -167,6 +174,7 @@ def test_results_of_another_setting_are_not_mixed_in(tmp_path):
         (["--workers", "1"], "--workers and --search-workers: at least 2"),
         (["--budget", "0"], "--budget must lie in [1, 24]; got 0"),
         (["--seeds", "1000"], "not 1000, which the search uses"),
+        (["--splits", "0"], "'0' is not iid, groups, or an alpha above 0"),
         (["--steps", "0"], "--steps must be at least 1; got 0"),
     ],
 )
@@ -174,6 +182,24 @@ def test_bad_flags_get_one_clear_line(compare, capsys, flags, message):
     with pytest.raises(SystemExit):
         compare.parse(flags)
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_workers_draw_their_own_rows_only(train, task):
+    trainer = train.Trainer(task, "Lion", 4)
+    parts = train.split_rows(task.data, "groups", 4, 0)
+    works = [set(task.data.groups[rows]) for rows in parts]
+    seen = []
+    picked = task.data.pick
+    trainer.task = task._replace(
+        data=train.sources.dataclasses.replace(
+            task.data, pick=lambda rng, rows: (seen.append(rows), picked(rng, rows))[1]
+        )
+    )
+    trainer._batches(np.random.default_rng(0), 5, parts)
+    for rows in seen:
+        for mine, own in zip(np.split(rows, 4), works, strict=True):
+            assert set(task.data.groups[mine]) <= own
+    assert sum(map(len, works)) == 42
 
 
 def test_cifar_10_is_read(train, tmp_path):

@@ -29,6 +29,7 @@ ORDER = [
     "ledger",
     "forecast",
     "vote",
+    "health",
     "checks",
     "lion",
     "dense",
