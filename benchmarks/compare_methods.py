@@ -110,6 +110,22 @@ def _vote(make: Callable[..., Any], rate: float, decay: float, **options: Any) -
     return Method(build, cost, rate, decay, "vote")
 
 
+def _synchronized(every: int) -> Method:
+    """A majority whose momenta are averaged now and then; bits of the average are spread out."""
+    vote = METHODS["D-Lion majority"]
+
+    def build(schedule: Any, weight_decay: Any, steps: int) -> Any:
+        return dl.synchronize_momentum(vote.make(schedule, weight_decay, steps), every)
+
+    def cost(params: Any, n: int) -> dl.WireCost:
+        dense = dl.full_precision_cost(params, n).collectives[0]
+        spread = dense._replace(elements=dense.elements // every)
+        of_vote = vote.cost(params, n)
+        return of_vote._replace(collectives=(*of_vote.collectives, spread))
+
+    return vote._replace(make=build, cost=cost)
+
+
 METHODS: dict[str, Method] = {
     "D-Lion majority": _vote(dl.distributed_lion, 1e-3, 0.1),
     "D-Lion average": _vote(dl.distributed_lion, 2e-3, 0.05, aggregation="average"),
@@ -134,4 +150,5 @@ METHODS: dict[str, Method] = {
     "AdamW bf16": _dense("adamw", "bf16"),
     "SGD momentum bf16": _dense("sgdm", "bf16"),
 }
-DEFAULT = tuple(name for name in METHODS if not name.endswith("bf16"))
+METHODS |= {f"D-Lion majority, sync {every}": _synchronized(every) for every in (16, 64)}
+DEFAULT = tuple(name for name in METHODS if not name.endswith("bf16") and "sync" not in name)

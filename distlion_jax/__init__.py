@@ -36,6 +36,8 @@ from distlion_jax.policy import distributed_lion_by_label as distributed_lion_by
 from distlion_jax.policy import wire_cost_by_label as wire_cost_by_label
 from distlion_jax.rendezvous import join as join
 from distlion_jax.rules import TRANSPORTS as TRANSPORTS
+from distlion_jax.sync import SynchronizeMomentumState as SynchronizeMomentumState
+from distlion_jax.sync import synchronize_momentum as synchronize_momentum
 from distlion_jax.train import make_pmap_train_step as make_pmap_train_step
 from distlion_jax.train import make_train_step as make_train_step
 from distlion_jax.train import pmap_replicate as pmap_replicate

@@ -265,6 +265,16 @@ CASES = {
     "`warmup_steps` must be an int of at least 1; got 0.": dgc(warmup_steps=0),
     "`clip_norm` must be a number above 0, or None; got -1.": dgc(clip_norm=-1),
     "`rank` must lie in [1, 32768]; got 0.": lambda: baselines.PowerSGD(0),
+    # Momenta in step
+    "`every` must lie in [1, 2147483647]; got 0.": lambda: dl.synchronize_momentum(
+        dl.distributed_lion(0.1), 0
+    ),
+    "`every` must be a static Python int; got 1.5.": lambda: dl.synchronize_momentum(
+        dl.distributed_lion(0.1), 1.5
+    ),
+    "`tx` holds no vote, whose momenta could be averaged": lambda: dl.synchronize_momentum(
+        optax.lion(0.1), 4
+    ).init(PARAMS),
     # Parameters
     "`params` has nothing to vote on: 0 leaves with 0 ... Pass the trainable": init(),
     "`params` has nothing to vote on: 1 leaves with 0 coordinates": init(jnp.zeros((0, 3))),

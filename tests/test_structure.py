@@ -34,6 +34,7 @@ ORDER = [
     "lion",
     "dense",
     "policy",
+    "sync",
     "baselines.compress",
     "baselines.ef_sign",
     "baselines.power_sgd",
