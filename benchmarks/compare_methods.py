@@ -150,5 +150,7 @@ METHODS: dict[str, Method] = {
     "AdamW bf16": _dense("adamw", "bf16"),
     "SGD momentum bf16": _dense("sgdm", "bf16"),
 }
+DEFAULT = tuple(name for name in METHODS if not name.endswith("bf16"))
+# For workers with unlike data.
+METHODS["D-Lion majority, noise 2"] = _vote(dl.distributed_lion, 3e-3, 0.1, noise=2.0)
 METHODS |= {f"D-Lion majority, sync {every}": _synchronized(every) for every in (16, 64)}
-DEFAULT = tuple(name for name in METHODS if not name.endswith("bf16") and "sync" not in name)

@@ -39,10 +39,12 @@ class Ballot(NamedTuple):
 def _code(b1: ArrayLike, threshold: ArrayLike) -> Callable[..., Array]:
     """Two-bit code of a blend: bit 0 positive, bit 8 an opinion; bit 0 alone: not finite."""
 
-    def code(g: Array, m: Array) -> Array:
+    def code(g: Array, m: Array, noise: Array | None = None) -> Array:
         blend = (1.0 - b1) * g + b1 * m  # Optax's order of operations, so that n = 1 is its Lion
         positive = blend > threshold
         opinion = positive | (blend < jnp.negative(threshold))  # a NaN has none
+        if noise is not None:
+            positive = opinion & (blend + noise > 0)
         bits = positive.astype(jnp.uint16) | (opinion.astype(jnp.uint16) << np.uint16(8))
         return jnp.where(jnp.abs(blend) < jnp.inf, bits, np.uint16(1))
 
@@ -59,6 +61,7 @@ def cast(
     weight: Array,
     step: Array,
     worker: Array,
+    noise: Sequence[Array] | None = None,
 ) -> Ballot:
     """Casts this worker's ballot in one pass over gradient and momentum.
 
@@ -72,11 +75,14 @@ def cast(
       weight: ``int32[]``, this worker's say; 0 sits out.
       step: ``int32[]``, the round, for the coins.
       worker: ``int32[]``, this worker's index, for the coins.
+      noise: numbers to add to the blends that have an opinion, same shapes; None: nothing.
 
     Returns:
       The ballot; ``weight`` is 0 and nothing is present where the worker sits out.
     """
-    positive, opinion = words.pack(layout, _code(b1, threshold), gradients, mu)
+    positive, opinion = words.pack(
+        layout, _code(b1, threshold), gradients, mu, *(() if noise is None else (noise,))
+    )
     finite = jnp.all((positive & ~opinion) == 0)  # found in the words: no pass over the floats
     weight = jnp.where(finite, weight, 0)
     if rules.ballot == "binary":

@@ -27,10 +27,13 @@ def check_decay(b2: ArrayLike, mu_dtype: DTypeLike) -> None:
         )
 
 
-def in_range(b1: ArrayLike, b2: ArrayLike, threshold: ArrayLike = 0.0) -> Array:
+def in_range(b1: ArrayLike, b2: ArrayLike, *from_zero: ArrayLike) -> Array:
     """``bool[]``: whether numbers that were traced when they were checked are in range."""
-    b1, b2, threshold = jnp.asarray(b1), jnp.asarray(b2), jnp.asarray(threshold)
-    return (b1 >= 0) & (b1 < 1) & (b2 >= 0) & (b2 < 1) & (threshold >= 0)
+    b1, b2 = jnp.asarray(b1), jnp.asarray(b2)
+    inside = (b1 >= 0) & (b1 < 1) & (b2 >= 0) & (b2 < 1)
+    for x in map(jnp.asarray, from_zero):
+        inside &= (x >= 0) & (x < jnp.inf)
+    return inside
 
 
 def check_axis_name(axis_name: AxisName | None) -> None:

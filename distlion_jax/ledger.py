@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from distlion_jax.rules import Rules
 from distlion_jax.words import BLOCK, PLANES, Layout
@@ -97,23 +98,26 @@ def psum_dtype(n: int, rules: Rules) -> str:
 
 def _collectives(layout: Layout, n: int, rules: Rules, transport: str) -> tuple[Collective, ...]:
     columns = BLOCK + rules.present_columns
+    # The root mean squares that noise is measured by, and of how many workers they are.
+    scales = Collective("all-reduce", "f32", len(layout.leaves) + 1, n)
+    before = (scales,) if rules.noise else ()
 
     def phase(op: str, words: int, rows: int = 1) -> tuple[Collective, ...]:
         return tuple(Collective(op, "u32", rows * piece, n) for piece in rules.pieces(words))
 
     if transport == "all_gather":
-        return phase("all-gather", layout.groups * columns + HEADER)
+        return (*before, *phase("all-gather", layout.groups * columns + HEADER))
     if transport == "two_phase":
         groups = slice_groups(layout, n)
         verdict = groups * sum(rules.verdict_columns(n)) + VERDICT_HEADER
-        return phase("all-to-all", groups * columns + HEADER, n) + phase(
-            "all-gather", verdict + health_words(rules, len(layout.leaves))
-        )
+        down = verdict + health_words(rules, len(layout.leaves))
+        ballots = phase("all-to-all", groups * columns + HEADER, n)
+        return (*before, *ballots, *phase("all-gather", down))
     elements = layout.groups * PLANES * columns
     votes = Collective("all-reduce", psum_dtype(n, rules), elements, n)
     if (rules.aggregation, rules.ties, rules.health) == ("majority", "zero", "off"):
-        return (votes,)  # nobody reads the voters, their weight or the step: XLA drops them
-    return (votes, Collective("all-reduce", "s32", 3, n))
+        return (*before, votes)  # nobody reads the voters, their weight or the step: XLA drops them
+    return (*before, votes, Collective("all-reduce", "s32", 3, n))
 
 
 def cost(layout: Layout, n: int, rules: Rules) -> WireCost:
@@ -137,13 +141,14 @@ def wire_cost(
     max_weight: int | None = None,
     health: str = "total",
     chunks: int | None = None,
+    noise: ArrayLike | None = None,
 ) -> WireCost:
     """Exact wire cost of one :func:`distlion_jax.distributed_lion` step.
 
     Args:
       params: tree of arrays or ``jax.ShapeDtypeStruct``; only shapes matter.
       n: number of workers.
-      aggregation, transport, ties, ballot, max_weight, health, chunks: as in
+      aggregation, transport, ties, ballot, max_weight, health, chunks, noise: as in
         ``distributed_lion``.
 
     Returns:
@@ -158,7 +163,9 @@ def wire_cost(
       >>> round(full_precision_cost(params, 8).bits_per_parameter, 1)
       56.0
     """
-    rules = Rules(aggregation, transport, ties, ballot, max_weight, health, chunks)
+    rules = Rules(
+        aggregation, transport, ties, ballot, max_weight, health, chunks, noise is not None
+    )
     return cost(layout_of(params), n, rules)
 
 

@@ -19,6 +19,7 @@ from jax.typing import ArrayLike, DTypeLike
 from distlion_jax import ballot as ballots
 from distlion_jax import checks, vote, wire
 from distlion_jax.health import VoteHealth, health_of, no_health
+from distlion_jax.noise import draw
 from distlion_jax.rules import (
     Aggregation,
     AxisName,
@@ -28,7 +29,7 @@ from distlion_jax.rules import (
     Ties,
     Transport,
     check_fraction,
-    known,
+    check_from_zero,
 )
 from distlion_jax.words import Layout
 
@@ -56,6 +57,7 @@ def scale_by_distributed_lion(
     ties: Ties = "zero",
     ballot: Ballot = "binary",
     threshold: ArrayLike | None = None,
+    noise: ArrayLike | None = None,
     max_weight: int | None = None,
     health: Health = "total",
     chunks: int | None = None,
@@ -75,7 +77,9 @@ def scale_by_distributed_lion(
       >>> print(jax.vmap(direction, axis_name="data")(gradients)[0])
       [ 1. -1.]
     """
-    rules = Rules(aggregation, transport, ties, ballot, max_weight, health, chunks)
+    rules = Rules(
+        aggregation, transport, ties, ballot, max_weight, health, chunks, noise is not None
+    )
     check_fraction("b1", b1)
     check_fraction("b2", b2)
     if mu_dtype is not None:
@@ -85,9 +89,8 @@ def scale_by_distributed_lion(
         raise ValueError(
             f"`threshold` {threshold!r} needs ballot='ternary': one bit a parameter cannot abstain."
         )
-    value = None if threshold is None else known(threshold)
-    if value is not None and not (value.ndim == 0 and 0 <= value < float("inf")):
-        raise ValueError(f"`threshold` must be a finite number of at least 0; got {threshold!r}.")
+    check_from_zero("threshold", threshold)
+    check_from_zero("noise", noise)
     if axis_name is None:
         return optax.with_extra_args_support(optax.scale_by_lion(b1, b2, mu_dtype))
     checks.check_axis_name(axis_name)
@@ -118,17 +121,15 @@ def scale_by_distributed_lion(
         mu = treedef.flatten_up_to(state.mu)
         layout = Layout([x.shape for x in gradients])
         dead_zone = 0.0 if threshold is None else threshold
-        mine = checks.effective_weight(rules, participating, weight)
+        weight = checks.effective_weight(rules, participating, weight)
+        sane = checks.in_range(b1, b2, dead_zone, 0.0 if noise is None else noise)
+        weight, worker = jnp.where(sane, weight, 0), jax.lax.axis_index(axis_name)
+        shaped = [m.reshape(g.shape) for g, m in zip(gradients, mu, strict=True)]
+        added = None
+        if noise is not None:
+            added = draw(noise, gradients, shaped, b1, weight, state.count, worker, axis_name)
         mine = ballots.cast(
-            layout,
-            gradients,
-            [m.reshape(g.shape) for g, m in zip(gradients, mu, strict=True)],
-            local,
-            b1,
-            dead_zone,
-            jnp.where(checks.in_range(b1, b2, dead_zone), mine, 0),
-            state.count,
-            jax.lax.axis_index(axis_name),
+            layout, gradients, shaped, local, b1, dead_zone, weight, state.count, worker, added
         )
         voted = mine.weight > 0
         verdict = vote.hold(mine, state.count, layout, local, axis_name)
@@ -164,6 +165,7 @@ def distributed_lion(
     ties: Ties = "zero",
     ballot: Ballot = "binary",
     threshold: ArrayLike | None = None,
+    noise: ArrayLike | None = None,
     max_weight: int | None = None,
     health: Health = "total",
     chunks: int | None = None,
@@ -193,7 +195,8 @@ def distributed_lion(
     False sits the round out (abstains everywhere, momentum stays); ``weight`` (integer, needs
     ``max_weight``), its say, as in proportion to its batch; 0 sits out, and so does a traced weight
     that is not in [0, max_weight]. A worker with a non-finite blend sits out too, and all do while
-    ``b1``, ``b2`` or ``threshold`` is a traced number (``optax.inject_hyperparams``) out of range.
+    ``b1``, ``b2``, ``threshold`` or ``noise`` is a traced number out of range (as of
+    ``optax.inject_hyperparams``).
 
     Args:
       learning_rate: step size or schedule; start majority at Lion's, 3-10 times below AdamW's.
@@ -215,6 +218,10 @@ def distributed_lion(
       ballot: ``"binary"``: 1 bit, and a presence bit per block of 128: a block of exact zeros
         abstains, an isolated zero votes by a fair coin; ``"ternary"``: 2 bits, zeros abstain.
       threshold: ternary only: blends with absolute value up to this abstain.
+      noise: None, or how much uniform noise each worker adds to its blends before the sign, in root
+        mean squares of the leaf's blends over all workers (2 is a start): votes then count
+        magnitudes too, on average, which mends workers with unlike data. Costs an all-reduce of a
+        number a leaf.
       max_weight: largest ``weight`` of a worker; None: weights are not in use.
       health: ``"total"``, ``"leaf"`` (figures per leaf, in ``jax.tree.leaves`` order; costs more)
         or ``"off"``: what the state's :class:`VoteHealth` holds of the last round.
@@ -262,6 +269,7 @@ def distributed_lion(
             ties=ties,
             ballot=ballot,
             threshold=threshold,
+            noise=noise,
             max_weight=max_weight,
             health=health,
             chunks=chunks,

@@ -59,6 +59,7 @@ def distributed_lion_by_label(
     ties: Ties = "zero",
     ballot: Ballot = "binary",
     threshold: ArrayLike | None = None,
+    noise: ArrayLike | None = None,
     max_weight: int | None = None,
     health: Health = "total",
     chunks: int | None = None,
@@ -72,7 +73,7 @@ def distributed_lion_by_label(
       labels: tree (or prefix of one, or function of params) with ``"majority"`` or ``"average"``
         (one-bit votes), ``"full"`` (Lion on the gradients' full-precision mean) or ``"frozen"``
         (never moves, sends nothing).
-      axis_name, transport, ties, ballot, threshold, max_weight, health, chunks,
+      axis_name, transport, ties, ballot, threshold, noise, max_weight, health, chunks,
         allow_single_worker: as in ``distributed_lion``, for the leaves that vote.
 
     Returns:
@@ -100,6 +101,7 @@ def distributed_lion_by_label(
         ties=ties,
         ballot=ballot,
         threshold=threshold,
+        noise=noise,
         max_weight=max_weight,
         health=health,
         chunks=chunks,
@@ -157,7 +159,8 @@ def wire_cost_by_label(params: Any, labels: Any, n: int, **options: Any) -> ledg
       params: tree of arrays or ``jax.ShapeDtypeStruct``.
       labels: as in ``distributed_lion_by_label``.
       n: number of workers.
-      **options: ``transport``, ``ties``, ``ballot``, ``max_weight``, ``health``, ``chunks``.
+      **options: ``transport``, ``ties``, ``ballot``, ``max_weight``, ``health``, ``chunks``,
+        ``noise``.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -166,6 +169,7 @@ def wire_cost_by_label(params: Any, labels: Any, n: int, **options: Any) -> ledg
       >>> [c.op for c in cost.collectives]
       ['all-reduce', 'all-to-all', 'all-gather']
     """
+    options["noise"] = options.get("noise") is not None
     names = jax.tree.leaves(_labels_of(labels, params))
     leaves = jax.tree.leaves(params)
     moved: list[ledger.Collective] = []

@@ -113,15 +113,53 @@ def _average(gradient: Array, momentum: Array, decay: float) -> Array:
         return np.asarray(real(1 - decay) * gradient + real(decay) * momentum.astype(real))
 
 
+def _averages(gradients: Sequence[Tree], mu: Sequence[Tree], decay: float) -> list[list[Array]]:
+    """Return the average of every worker's leaves."""
+    pairs = [zip(g, m, strict=True) for g, m in zip(gradients, mu, strict=True)]
+    return [[_average(g, m, decay) for g, m in mine] for mine in pairs]
+
+
+def _noise(
+    blends: Sequence[Tree], entered: Sequence[bool], amount: float, step: int
+) -> list[list[Array]]:
+    """Return the numbers that each worker adds to its blends before it votes.
+
+    Uniform in plus or minus ``amount`` root mean squares of a leaf, of all workers that entered.
+    """
+    if not amount:
+        return [[np.zeros_like(c) for c in mine] for mine in blends]
+    n, leaves = len(blends), blends[0]
+    result: list[list[Array]] = [[] for _ in range(n)]
+    first = 0  # coordinate of the tree
+    for j, leaf in enumerate(leaves):
+        squares = [np.sum(blends[i][j].astype(np.float32) ** 2) for i in range(n) if entered[i]]
+        rms = np.sqrt(
+            np.float32(sum(squares)) / np.float32(max(len(squares), 1) * max(leaf.size, 1))
+        )
+        for i in range(n):
+            stream = mix((i + 1) | 0x80000000)
+            bits = [mix((first + f) ^ mix(step ^ stream)) >> 8 for f in range(leaf.size)]
+            uniform = np.asarray(bits, np.float32).reshape(leaf.shape) * np.float32(2.0**-24)
+            result[i].append((2 * uniform - 1) * (np.float32(amount) * rms))
+        first += leaf.size
+    return result
+
+
 def _votes(
-    blend: Array, address: Address, step: int, worker: int, threshold: float, abstain: bool
+    blend: Array,
+    noise: Array,
+    address: Address,
+    step: int,
+    worker: int,
+    threshold: float,
+    abstain: bool,
 ) -> list[int]:
     """Return the votes (+1, 0 or -1) of one worker on one leaf, in C order.
 
     A coordinate without an opinion abstains if ``abstain``.  Otherwise it votes by its coin, but
     only where some other coordinate of its block has an opinion.
     """
-    values = blend.reshape(-1)
+    values, added = blend.reshape(-1), noise.reshape(-1)
     word, bit, block = (part.reshape(-1) for part in address)
     opinion = np.abs(values) > values.dtype.type(threshold)
     opinionated_blocks = {int(block[f]) for f in range(values.size) if opinion[f]}
@@ -129,7 +167,7 @@ def _votes(
     votes = []
     for f in range(values.size):
         if opinion[f]:
-            votes.append(1 if values[f] > 0 else -1)
+            votes.append(1 if values[f] + added[f] > 0 else -1)
         elif abstain or int(block[f]) not in opinionated_blocks:
             votes.append(0)
         else:
@@ -202,12 +240,14 @@ def vote(
     participating: Sequence[bool] | None = None,
     weight: Sequence[int] | None = None,
     max_weight: int = 1,
+    noise: float = 0.0,
 ) -> tuple[Round, State]:
     """Hold one round on ``gradients[worker][leaf]``; return it, and the state after it.
 
     A worker enters if it participates, its blends are all finite and its weight is in
     ``1..max_weight``; otherwise it casts no vote and its momentum stays as it was.  The threshold
-    belongs to the ternary ballot; the binary one always asks whether the blend is nonzero.
+    belongs to the ternary ballot; the binary one always asks whether the blend is nonzero.  Noise is
+    added to blends that have an opinion.
     """
     rules = (aggregation in ("majority", "average"), ties in ("zero", "coin"))
     if not all(rules) or ballot not in ("ternary", "binary"):
@@ -221,23 +261,24 @@ def vote(
     abstain = ballot == "ternary" or n == 1
     least = threshold if ballot == "ternary" else 0.0
 
-    # Each worker alone: does it enter, how does it vote, what does it remember?
-    voted: list[bool] = []
+    # Each worker alone: does it enter?
+    blends, new = (_averages(gradients, state.mu, decay) for decay in (b1, b2))
+    voted = [
+        bool(participating[i])
+        and all(bool(np.all(np.isfinite(c))) for c in blends[i])
+        and 1 <= weights[i] <= max_weight
+        for i in range(n)
+    ]
+    # And how does it vote, what does it remember?
+    added = _noise(blends, voted, noise, step)
     ballots: list[list[list[int]]] = []  # [worker][leaf][coordinate]
     mu: list[list[Array]] = []
     for i in range(n):
-        pairs = list(zip(gradients[i], state.mu[i], strict=True))
-        blends = [_average(g, m, b1) for g, m in pairs]
-        finite = all(bool(np.all(np.isfinite(c))) for c in blends)
-        enters = bool(participating[i]) and finite and 1 <= weights[i] <= max_weight
-        voted.append(enters)
-        if enters:
-            placed = zip(blends, address, strict=True)
-            ballots.append([_votes(c, a, step, i, least, abstain) for c, a in placed])
-            mu.append([_average(g, m, b2).astype(m.dtype) for g, m in pairs])
-        else:
-            ballots.append([[0] * c.size for c in blends])
-            mu.append([m.copy() for m in state.mu[i]])
+        placed = zip(blends[i], added[i], address, strict=True)
+        rule = (step, i, least, abstain)
+        ballots.append([_votes(*p, *rule) if voted[i] else [0] * p[0].size for p in placed])
+        pairs = zip(new[i], state.mu[i], strict=True)
+        mu.append([x.astype(m.dtype) if voted[i] else m.copy() for x, m in pairs])
 
     judged = [
         _judge(leaf, address[j], [b[j] for b in ballots], weights, step, aggregation, ties, voted)

@@ -49,6 +49,13 @@ def check_fraction(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must lie in [0, 1); got {value!r}.")
 
 
+def check_from_zero(name: str, value: Any) -> None:
+    """Raises unless a number is finite and at least 0; None and a traced one are let through."""
+    number = None if value is None else known(value)
+    if number is not None and not (number.ndim == 0 and 0 <= number < float("inf")):
+        raise ValueError(f"`{name}` must be a finite number of at least 0; got {value!r}.")
+
+
 def check_static(name: str, value: Any, allowed: str, top: int) -> None:
     """Raises unless ``value`` is a Python integer in [1, top]; it decides shapes."""
     try:
@@ -73,6 +80,7 @@ class Rules:
     max_weight: int | None = None
     health: str = "total"
     chunks: int | None = None
+    noise: bool = False
 
     def __post_init__(self) -> None:
         check_choice("aggregation", self.aggregation, AGGREGATIONS)

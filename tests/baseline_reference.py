@@ -43,7 +43,9 @@ def qsgd(leaves, step, worker, levels, bucket, norm):
 def ef_sign(leaves, step, worker):
     out = []
     for x, address in zip(leaves, reference.addresses(leaves), strict=True):
-        votes = np.asarray(reference._votes(x, address, step, worker, 0.0, False), np.float32)
+        votes = np.asarray(
+            reference._votes(x, 0 * x, address, step, worker, 0.0, False), np.float32
+        )
         scale = np.abs(x).sum() / max(np.count_nonzero(votes), 1)
         out.append((votes * np.float32(scale)).reshape(x.shape).astype(np.float32))
     return out

@@ -211,6 +211,8 @@ CASES = {
         threshold=np.float32(-1), **ternary
     ),
     "`threshold` must be a finite ... got nan.": option(threshold=float("nan"), **ternary),
+    "`noise` must be a finite number of at least 0; got -1.": option(noise=-1),
+    "`noise` must be a finite number of at least 0; got inf.": option(noise=float("inf")),
     "`max_weight` must lie in [1, 65535]; got 0.": option(max_weight=0),
     "`max_weight` must lie in [1, 65535]; got 65536.": option(max_weight=2**16),
     "`max_weight` must be a static Python int or None; got 2.5.": option(max_weight=2.5),

@@ -262,6 +262,35 @@ def test_dead_zone_abstains():
     assert_equal_to_reference(tree, run(tree, n, 2, ballot="ternary", threshold=0.15), want)
 
 
+# Noise before the sign.
+
+
+@pytest.mark.parametrize("how", ["vmap", "shard_map"])
+@pytest.mark.parametrize("transport", ["all_gather", "two_phase"])
+def test_noise_equals_reference(how, transport):
+    tree, n = {"rows": (16, 128), "a": (33,), "scalar": (), "empty": (0, 4)}, 4
+    grads = [gradients(tree, n, r) for r in range(3)]
+    grads[1]["a"][2, 5] = np.inf  # its squares are left out, too
+    want = run_reference(tree, n, 3, grads=grads, noise=2.0)
+    got = run(tree, n, 3, how, grads=grads, transport=transport, noise=2.0)
+    assert_equal_to_reference(tree, got, want)
+    quiet = run_reference(tree, n, 3, grads=grads)
+    assert any((a != b).any() for a, b in zip(want[0][0].direction, quiet[0][0].direction))  # noqa: B905
+
+
+def test_with_noise_votes_count_magnitudes():
+    """Two of three workers say + a little, one says - a lot: the mean vote is the mean's sign."""
+    g = {"w": np.full((3, 4096), 0.25, np.float32)}
+    g["w"][2] = -1.0
+    plain = run({"w": (4096,)}, 3, 1, grads=[g], aggregation="average")[0][0]["w"][0]
+    noisy = run({"w": (4096,)}, 3, 1, grads=[g], aggregation="average", noise=2.0)[0][0]["w"][0]
+    amplitude = 2.0 * np.sqrt((g["w"] ** 2).mean())
+    want = (g["w"][:, 0] / amplitude).mean()
+    assert plain.mean() > 0.3
+    assert want < 0
+    assert noisy.mean() == pytest.approx(want, abs=5 / np.sqrt(3 * 4096))
+
+
 # Law 7: non-finite gradients never vote; sitting out; weights.
 
 

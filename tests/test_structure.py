@@ -31,6 +31,7 @@ ORDER = [
     "vote",
     "health",
     "checks",
+    "noise",
     "lion",
     "dense",
     "policy",

@@ -93,6 +93,14 @@ def test_chunks_are_collectives_and_cost_no_byte(transport):
     assert cost.bytes_received == whole.bytes_received
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_noise_costs_a_number_a_leaf(transport):
+    quiet = dl.wire_cost(shapes_to_params(SMALL), 8, transport=transport)
+    cost = check_update(transport=transport, noise=2.0)
+    (scales,) = set(cost.collectives) - set(quiet.collectives)
+    assert scales == ("all-reduce", "f32", 3, 8)
+
+
 @pytest.mark.parametrize(
     ("n", "options"),
     [
