@@ -110,9 +110,8 @@ def _vote(make: Callable[..., Any], rate: float, decay: float, **options: Any) -
     return Method(build, cost, rate, decay, "vote")
 
 
-def _synchronized(every: int) -> Method:
-    """A majority whose momenta are averaged now and then; bits of the average are spread out."""
-    vote = METHODS["D-Lion majority"]
+def _synchronized(vote: Method, every: int) -> Method:
+    """A vote whose momenta are averaged now and then; bits of the average are spread out."""
 
     def build(schedule: Any, weight_decay: Any, steps: int) -> Any:
         return dl.synchronize_momentum(vote.make(schedule, weight_decay, steps), every)
@@ -152,5 +151,10 @@ METHODS: dict[str, Method] = {
 }
 DEFAULT = tuple(name for name in METHODS if not name.endswith("bf16"))
 # For workers with unlike data.
-METHODS["D-Lion majority, noise 2"] = _vote(dl.distributed_lion, 3e-3, 0.1, noise=2.0)
-METHODS |= {f"D-Lion majority, sync {every}": _synchronized(every) for every in (16, 64)}
+_NOISY = _vote(dl.distributed_lion, 3e-3, 0.1, noise=2.0)
+METHODS |= {
+    "D-Lion majority, noise 2": _NOISY,
+    "D-Lion majority, sync 16": _synchronized(METHODS["D-Lion majority"], 16),
+    "D-Lion majority, sync 64": _synchronized(METHODS["D-Lion majority"], 64),
+    "D-Lion majority, noise 2, sync 16": _synchronized(_NOISY, 16),
+}

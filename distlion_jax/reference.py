@@ -246,8 +246,8 @@ def vote(
 
     A worker enters if it participates, its blends are all finite and its weight is in
     ``1..max_weight``; otherwise it casts no vote and its momentum stays as it was.  The threshold
-    belongs to the ternary ballot; the binary one always asks whether the blend is nonzero.  Noise is
-    added to blends that have an opinion.
+    belongs to the ternary ballot; the binary one always asks whether the blend is nonzero.
+    ``noise`` is added to blends that have an opinion.
     """
     rules = (aggregation in ("majority", "average"), ties in ("zero", "coin"))
     if not all(rules) or ballot not in ("ternary", "binary"):
