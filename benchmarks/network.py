@@ -96,6 +96,8 @@ def run(job: Job, hosts: list[netns.Host] | None, args: argparse.Namespace, file
         "coordinator": f"{hosts[0].address if hosts else '127.0.0.1'}:{PORT}",
     }
     cell = {"rounds": args.rounds, "least": args.least, "budget": args.budget}
+    if hosts:
+        netns.shape(hosts, None)  # the job before may have left them slow
     with contextlib.closing(Group(job.script, hosts, task)) as group:
         group.measure(cell | {"methods": []}, args.limit)  # they warm up before links are slow
         for rate, methods in job.cells.items():
