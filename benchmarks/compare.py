@@ -7,10 +7,11 @@
     python benchmarks/compare.py --size paper --images-dir CIFAR   # the paper's, for a GPU or TPU
 
 Every method gets a search of its own over learning rate and weight decay, with the same number of
-trials, at one number of workers and with a seed that no result uses. Then it runs at each number of
-workers with each seed: same data order and initial weights for all methods at a seed. Workers are
-simulated exactly on one device. Results are kept, one JSON line a run: a killed comparison goes on
-where it stopped, and a finished one only reports.
+trials, at one number of workers, with a seed and held-out rows that no result uses, by the figure
+that is reported. Then it runs at each number of workers with each seed: same data order and initial
+weights for all methods at a seed. Workers are simulated on one device: votes exactly, sums of
+floating-point numbers in the order of the workers. Results are kept, one JSON line a run: a killed
+comparison goes on where it stopped, and a finished one only reports.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple
 from compare_methods import DEFAULT, METHODS
 from tqdm import tqdm
 
-FORMAT = 1  # of a line of results
+FORMAT = 2  # of a line of results
 SEARCH_SEED = 1000
 LEARNING_RATE_STEP, WEIGHT_DECAY_STEP = 3.0, 4.0  # factors of the search's grid
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
@@ -113,6 +114,12 @@ def read(file: Path) -> list[Row]:
     return rows
 
 
+def badness(row: Row) -> float:
+    """What the search makes small: the figure that is reported, and infinity where it diverged."""
+    value = -row["accuracy"] if row["task"] == "images" else row["loss"]
+    return value if math.isfinite(value) else math.inf
+
+
 def nearby(best: Place, seen: dict[Place, float]) -> Place:
     """The next place to try: beside the best one, learning rate first, at first in whole steps."""
     i, j = best
@@ -125,9 +132,9 @@ def nearby(best: Place, seen: dict[Place, float]) -> Place:
 
 
 def search(
-    split: str, method: str, workers: int, budget: int, losses: dict[Place, float]
+    split: str, method: str, workers: int, budget: int, scores: dict[Place, float]
 ) -> Iterator[Job]:
-    """The trials of a method; the caller notes the loss of each under the last place."""
+    """The trials of a method; the caller notes the badness of each under its place."""
     place: Place = (0.0, 0.0)
     for _ in range(budget):
         start = METHODS[method]
@@ -140,7 +147,7 @@ def search(
             start.learning_rate * LEARNING_RATE_STEP ** place[0],
             start.weight_decay * WEIGHT_DECAY_STEP ** place[1],
         )
-        place = nearby(min(losses, key=lambda p: (losses[p], p)), losses)
+        place = nearby(min(scores, key=lambda p: (scores[p], p)), scores)
 
 
 class Comparison:
@@ -155,6 +162,12 @@ class Comparison:
         self.task = compare_train.make_task(name, size, args.images_dir)
         self.make_trainer = lambda m, n: compare_train.Trainer(self.task, m, n)
         self.args, self.results, self.bar = args, results, bar
+        self.runs: list[Row] = []
+        try:  # a split that cannot be, before any time is spent
+            for n, split in itertools.product([*args.workers, args.search_workers], args.splits):
+                compare_train.split_rows(self.task.data, split, n, 0)
+        except ValueError as error:
+            raise UsageError(f"--splits, --workers: {error}") from error
         self.trainer: tuple[Any, Any] = (None, None)
         others = {row["setting"] for row in results.rows if row["task"] == name}
         if others - {self.task.summary}:
@@ -181,6 +194,7 @@ class Comparison:
             job.learning_rate,
             job.weight_decay,
             job.split,
+            job.kind,
             lambda steps: self.bar.update(steps * job.workers),
         )
         cost = trainer.cost()
@@ -203,17 +217,16 @@ class Comparison:
 
     def best(self, split: str, method: str) -> Row:
         """The best trial of a method."""
-        losses: dict[Place, float] = {}
+        scores: dict[Place, float] = {}
         rows = []
         start = METHODS[method]
-        for job in search(split, method, self.args.search_workers, self.args.budget, losses):
+        for job in search(split, method, self.args.search_workers, self.args.budget, scores):
             row = self.do(job)
             i = math.log(job.learning_rate / start.learning_rate, LEARNING_RATE_STEP)
             j = math.log(job.weight_decay / start.weight_decay, WEIGHT_DECAY_STEP)
-            loss = row["loss"] if row["loss"] is not None and math.isfinite(row["loss"]) else 1e9
-            losses[round(4 * i) / 4, round(4 * j) / 4] = loss
-            rows.append((loss, row))
-        return min(rows, key=lambda pair: pair[0])[1]
+            scores[round(4 * i) / 4, round(4 * j) / 4] = badness(row)
+            rows.append(row)
+        return min(rows, key=badness)
 
     def run(self) -> None:
         """The search of every method, then all runs, one number of workers after the other."""
@@ -221,7 +234,7 @@ class Comparison:
         best = {pair: self.best(*pair) for pair in pairs}
         for n, pair, seed in itertools.product(self.args.workers, pairs, self.args.seeds):
             rates = best[pair]["learning_rate"], best[pair]["weight_decay"]
-            self.do(Job("run", *pair, n, seed, *rates))
+            self.runs.append(self.do(Job("run", *pair, n, seed, *rates)))
 
 
 def binned(losses: list[float], bins: int) -> list[float]:
@@ -233,10 +246,11 @@ def binned(losses: list[float], bins: int) -> list[float]:
 
 def versions() -> dict[str, str]:
     """What a figure depends on."""
+    import jax
+
     names = ("jax", "jaxlib", "optax", "flax", "distlion_jax")
-    return {"python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in names
-    }
+    found = {name: importlib.metadata.version(name) for name in names}
+    return {"python": platform.python_version()} | found | {"on": jax.devices()[0].device_kind}
 
 
 def _split(text: str) -> str:
@@ -291,12 +305,15 @@ def main(argv: list[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         results = Results(args.out / "results.jsonl")
         each = args.budget * args.search_workers + sum(args.workers) * len(args.seeds)
+        runs = []
         for name in args.task:
             steps = args.steps or SIZES[args.size][name]["steps"]
             total = steps * each * len(args.methods) * len(args.splits)
             with tqdm(total=total, unit="worker step", unit_scale=True, dynamic_ncols=True,
                       disable=not sys.stderr.isatty()) as bar:  # fmt: skip
-                Comparison(args, name, results, bar).run()
+                comparison = Comparison(args, name, results, bar)
+                comparison.run()
+                runs += comparison.runs
     except UsageError as error:
         print(f"compare.py: error: {error}", file=sys.stderr)
         return 2
@@ -305,7 +322,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     import compare_report
 
-    print(compare_report.write(results.rows, args.out))
+    print(compare_report.write(runs, args.out))
     return 0
 
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables and plots of compare.py's results.
 
-In:  the rows of ``results.jsonl``. Out: ``results.md``, and for each task ``TASK_workers.png``,
+In:  the runs of one comparison. Out: ``results.md``, and for each task ``TASK_workers.png``,
 ``TASK_bits.png`` and ``TASK_bytes.png`` (``TASK_SPLIT_...`` where rows are not i.i.d.).
 """
 
+import math
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -43,7 +44,9 @@ def runs(rows: Iterable[Row], task: str, split: str) -> dict[tuple[str, int], di
 
 
 def spread(values: list[float], form: str) -> str:
-    """Mean and standard deviation."""
+    """Mean and standard deviation; how many diverged, if any."""
+    if diverged := sum(not math.isfinite(x) for x in values):
+        return f"diverged ({diverged} of {len(values)})"
     if len(values) < 2:
         return format(values[0], form)
     return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}"
@@ -111,7 +114,7 @@ def _styles(names: list[str]) -> dict[str, dict[str, Any]]:
     return out
 
 
-def _figure(task: str, title: str, draw: Callable[[Any], None], file: Path) -> None:
+def _figure(title: str, draw: Callable[[Any], None], file: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 5.2), layout="constrained")
     draw(axes)
     axes.set_title(title)
@@ -173,9 +176,9 @@ def plots(found: dict[tuple[str, int], dict[int, Row]], task: str, out: Path, st
         axes.set_ylabel("training loss, nats")
 
     what = "Images" if task == "images" else "Text"
-    _figure(task, f"{what}: quality against workers", by_workers, out / f"{stem}_workers.png")
-    _figure(task, f"{what}: {ns[-1]} workers", by_bits, out / f"{stem}_bits.png")
-    _figure(task, f"{what}: training against bytes", by_bytes, out / f"{stem}_bytes.png")
+    _figure(f"{what}: quality against workers", by_workers, out / f"{stem}_workers.png")
+    _figure(f"{what}: {ns[-1]} workers", by_bits, out / f"{stem}_bits.png")
+    _figure(f"{what}: training against bytes", by_bytes, out / f"{stem}_bytes.png")
 
 
 def write(rows: list[Row], out: Path) -> str:

@@ -36,7 +36,7 @@ class Task(NamedTuple):
     name: str
     data: sources.Data
     model: nn.Module
-    evaluate: Callable[[Any], tuple[float, float]]  # of parameters: held-out loss, accuracy
+    evaluate: dict[str, Callable[[Any], tuple[float, float]]]  # by kind of job: loss, accuracy
     batch: int  # rows a worker and step
     steps: int
 
@@ -51,9 +51,9 @@ class Task(NamedTuple):
 class Result(NamedTuple):
     """What a run gave."""
 
-    losses: list[float]  # training, mean of all workers, a step each
-    loss: float  # held out, nats
-    accuracy: float  # held out
+    losses: list[float]  # training, mean of all workers, a step each; nan once it has diverged
+    loss: float  # held out, nats; nan if it diverged
+    accuracy: float  # held out; likewise
     seconds: float  # of training, compiling left out after the first run
     parameters: int
 
@@ -66,7 +66,15 @@ def make_task(name: str, size: dict[str, Any], folder: Path | None = None) -> Ta
     else:
         data = sources.load_images(folder, size["eval_rows"])
         model = models.VisionTransformer(data.classes, size["patch"], size["layers"], size["width"])
-    evaluate = models.make_evaluation(model, data.held_out, dl.worker_mesh(1), rows=256)
+    # Every other held-out row chooses rates, the others are reported.
+    halves = {
+        kind: {k: v[first::2] for k, v in data.held_out.items()}
+        for first, kind in enumerate(("trial", "run"))
+    }
+    evaluate = {
+        kind: models.make_evaluation(model, half, dl.worker_mesh(1), rows=256)
+        for kind, half in halves.items()
+    }
     return Task(name, data, model, evaluate, size["batch"], size["steps"])
 
 
@@ -145,6 +153,7 @@ class Trainer:
         rate: float,
         decay: float,
         split: str = "iid",
+        kind: str = "run",
         tell: Callable[[int], Any] = lambda steps: None,
     ) -> Result:
         """Trains from the weights and on the batches of a seed; ``tell`` hears of steps done."""
@@ -163,11 +172,13 @@ class Trainer:
             )
             losses += np.asarray(some, np.float64).tolist()
             tell(steps)
-            if not np.isfinite(losses[-1]):  # diverged: the rest would be nan too
+            if not all(jnp.isfinite(x).all() for x in jax.tree.leaves(params)):  # for good
                 tell(self.task.steps - len(losses))
-                break
+                losses += [float("nan")] * (self.task.steps - len(losses))
         seconds = time.perf_counter() - began
-        loss, accuracy = self.task.evaluate(params)
+        loss, accuracy = self.task.evaluate[kind](params)
+        if not np.isfinite(loss):
+            loss = accuracy = float("nan")  # the first label is the largest of nothing
         size = sum(x.size for x in jax.tree.leaves(params))
         return Result(losses, loss, accuracy, seconds, size)
 

@@ -77,6 +77,15 @@ def check_mu_dtype(name: str, dtype: DTypeLike) -> None:
         )
 
 
+def check_wire_dtype(wire_dtype: DTypeLike | None) -> None:
+    """Raises for a dtype in which sums of gradients or momenta overflow, or lose all."""
+    if wire_dtype is not None and jnp.dtype(wire_dtype) not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(
+            f"`wire_dtype` must be float32, bfloat16 or None; got {jnp.dtype(wire_dtype)}: in "
+            "float16 a sum of gradients overflows, and integers have no fractions."
+        )
+
+
 def check_state(count: Array) -> None:
     """Raises for a state that still has its worker axis."""
     if jnp.ndim(count):

@@ -99,11 +99,7 @@ def average_gradients(
     """
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 0):
         raise ValueError(f"`steps` must be a static int of at least 0, or None; got {steps!r}.")
-    if wire_dtype is not None and jnp.dtype(wire_dtype) not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(
-            f"`wire_dtype` must be float32, bfloat16 or None; got {jnp.dtype(wire_dtype)}: in "
-            "float16 a sum of gradients overflows, and integers have no fractions."
-        )
+    checks.check_wire_dtype(wire_dtype)
     checks.check_axis_name(axis_name)
     rules = Rules(max_weight=max_weight)
 

@@ -46,6 +46,11 @@ class ScaleByDistributedLionState(NamedTuple):
     health: VoteHealth | None  # the last round's; None with health="off"
 
 
+def is_vote(node: Any) -> bool:
+    """Whether a node of a transformation's state is that of a vote."""
+    return isinstance(node, ScaleByDistributedLionState)
+
+
 def scale_by_distributed_lion(
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.99,

@@ -3,7 +3,8 @@
 
 What differs by worker is kept apart from what does not. Outside the mapped function the whole
 optimizer state carries a leading worker axis of size n, sharded over the mesh axis (the form of
-pmap's stacked state, so that checkpoints are interchangeable), and parameters are replicated.
+pmap's stacked state, so that checkpoints are interchangeable; but for what is :func:`replicated`,
+which pmap stacks too), and parameters are replicated.
 Inside, each worker sees its own state, and a gradient that is truly its own.
 :mod:`distlion_jax.train` makes a whole train step of these pieces.
 """
@@ -19,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from distlion_jax import wire
-from distlion_jax.lion import ScaleByDistributedLionState
+from distlion_jax.lion import is_vote
 from distlion_jax.rules import AxisName
 
 
@@ -118,16 +119,12 @@ def replicated(tx: optax.GradientTransformation) -> optax.GradientTransformation
     )
 
 
-def _is_vote(node: Any) -> bool:
-    return isinstance(node, ScaleByDistributedLionState)
-
-
 def _is_replicated(node: Any) -> bool:
     return isinstance(node, ReplicatedState)
 
 
 def _is_whole(node: Any) -> bool:
-    return _is_vote(node) or _is_replicated(node)
+    return is_vote(node) or _is_replicated(node)
 
 
 def _map_state(f: Callable[[Any], Any], state: Any) -> Any:
@@ -140,7 +137,7 @@ def _map_state(f: Callable[[Any], Any], state: Any) -> Any:
     def one(node: Any) -> Any:
         if _is_replicated(node):
             return node
-        if not _is_vote(node):
+        if not is_vote(node):
             return f(node)
         return jax.tree.map(f, node._replace(mu=()))._replace(mu=node.mu)
 

@@ -14,7 +14,7 @@ from jax import Array
 
 from distlion_jax import wire
 from distlion_jax.health import VoteHealth
-from distlion_jax.lion import ScaleByDistributedLionState
+from distlion_jax.lion import ScaleByDistributedLionState, is_vote
 
 
 class Metrics(NamedTuple):
@@ -28,7 +28,6 @@ class Metrics(NamedTuple):
 
 def votes_of(state: Any) -> list[ScaleByDistributedLionState]:
     """The state of every vote in a transformation's state, in order."""
-    is_vote = lambda node: isinstance(node, ScaleByDistributedLionState)  # noqa: E731
     return [x for x in jax.tree.leaves(state, is_leaf=is_vote) if is_vote(x)]
 
 

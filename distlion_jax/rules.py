@@ -101,7 +101,7 @@ class Rules:
     def for_workers(self, n: int) -> "Rules":
         """The rules that n workers follow: one alone has nobody to tell, and its zeros abstain.
 
-        So that n = 1 is Optax's Lion.
+        So that n = 1 is Optax's Lion (without noise).
         """
         return self if n > 1 else dataclasses.replace(self, ballot="ternary")
 

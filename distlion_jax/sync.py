@@ -14,7 +14,8 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from distlion_jax import checks, wire
-from distlion_jax.lion import ScaleByDistributedLionState
+from distlion_jax.dense import finite_mean
+from distlion_jax.lion import is_vote
 from distlion_jax.rules import AxisName, check_static
 
 MOST = 2**31 - 1  # steps, as far as they are counted
@@ -25,10 +26,6 @@ class SynchronizeMomentumState(NamedTuple):
 
     count: Array  # int32[]; the same on all workers: steps so far
     inner: Any  # of the transformation that is wrapped
-
-
-def _is_vote(node: Any) -> bool:
-    return isinstance(node, ScaleByDistributedLionState)
 
 
 def synchronize_momentum(
@@ -84,31 +81,28 @@ def synchronize_momentum(
     """
     check_static("every", every, "int", MOST)
     checks.check_axis_name(axis_name)
+    checks.check_wire_dtype(wire_dtype)
     tx = optax.with_extra_args_support(tx)
 
     def init_fn(params: optax.Params) -> Any:
         inner = tx.init(params)
-        if not any(map(_is_vote, jax.tree.leaves(inner, is_leaf=_is_vote))):
+        if not any(map(is_vote, jax.tree.leaves(inner, is_leaf=is_vote))):
             raise ValueError(
                 "`tx` holds no vote, whose momenta could be averaged: pass distributed_lion(...), "
                 "or a chain with it, and an axis_name that is not None."
             )
         return SynchronizeMomentumState(jnp.zeros([], jnp.int32), inner)
 
-    def mean(m: Array) -> Array:
-        wide = jnp.promote_types(m.dtype, jnp.float32)
-        total = wire.total(m.astype(wire_dtype or wide), axis_name).astype(wide)
-        return wire.vary((total / wire.size(axis_name)).astype(m.dtype), axis_name)
-
     def average(mus: Any) -> Any:
-        return jax.tree.map(mean, mus)
+        means = finite_mean(mus, axis_name, wire_dtype=wire_dtype)
+        return jax.tree.map(lambda m: wire.vary(m, axis_name), means)
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
         updates, inner = tx.update(updates, state.inner, params, **extra_args)
-        nodes, treedef = jax.tree.flatten(inner, is_leaf=_is_vote)
-        votes = [i for i, node in enumerate(nodes) if _is_vote(node)]
+        nodes, treedef = jax.tree.flatten(inner, is_leaf=is_vote)
+        votes = [i for i, node in enumerate(nodes) if is_vote(node)]
         count = jnp.asarray(optax.safe_increment(state.count))
         # The same branch on every worker: count is the same.
         due = count % jnp.int32(every) == 0

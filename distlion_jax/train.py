@@ -200,7 +200,8 @@ def make_pmap_train_step(
     """The same step under ``jax.pmap``, for scripts that are built on it.
 
     Parameters and state carry a leading worker axis (:func:`pmap_replicate`; the state is of the
-    same form as :func:`distlion_jax.init_state`'s). The batch does not: the step splits it.
+    same form as :func:`distlion_jax.init_state`'s, but that what is replicated is stacked too). The
+    batch does not: the step splits it.
 
     Args:
       loss_fn, tx, axis_name, has_aux, donate: as in :func:`make_train_step`.

@@ -226,5 +226,5 @@ def coins(step: Array, stream: Array | int, first_group: Array | int, groups: in
 
 def uniforms(step: Array, stream: Array | int, first: int, size: int) -> Array:
     """``float32[size]`` in [0, 1): random numbers of (step, coordinate, stream), as the coins."""
-    index = jnp.arange(size, dtype=jnp.uint32) + np.uint32(first)
+    index = jnp.arange(size, dtype=jnp.uint32) + np.uint32(first & 0xFFFFFFFF)
     return (mix(index ^ _seed(step, stream)) >> np.uint32(8)).astype(jnp.float32) * 2.0**-24

@@ -72,7 +72,7 @@ def mean(parts, entered):
 def terngrad(workers, step, clip, entered):
     """All workers together: they share their scales."""
     clipped = [
-        [np.clip(x, -clip * x.std(), clip * x.std()) if clip else x for x in leaves]
+        [np.clip(x, -clip * x.std(), clip * x.std()) if clip and x.std() > 0 else x for x in leaves]
         for leaves in workers
     ]
     chosen = [c for c, e in zip(clipped, entered, strict=True) if e]

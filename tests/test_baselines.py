@@ -217,6 +217,32 @@ def test_low_rank_means_are_exact():
     np.testing.assert_allclose(mean["w"][0], g["w"].mean(0), atol=1e-4)
 
 
+def test_a_matrix_without_gradient_is_not_lost():
+    """A first gradient of zeros, and rows that stay zero: Q must not become zero for good."""
+    g = {"w": np.zeros((N, 16, 12), np.float32)}
+    live = {"w": g["w"].copy()}
+    live["w"][:, 4:] = np.random.default_rng(0).standard_normal((N, 12, 12))
+    history = rounds_of(compressed_average(PowerSGD(2)), [g] + [live] * 3, tree={"w": (16, 12)})
+    assert history[-1][0]["w"][0][4:].any()
+
+
+def test_scalars_move_under_every_method():
+    g = {"s": np.full((N,), 2.0, np.float32)}
+    for compressor in (QSGD(), TernGrad(), EFSign(), TopK(0.5), PowerSGD(1)):
+        ((mean, _),) = rounds_of(compressed_average(compressor), [g], tree={"s": ()})
+        assert mean["s"][0] == 2.0, compressor
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS + OPTIONS, ids=repr)
+@pytest.mark.parametrize("size", [1e19, 1e37])
+def test_a_huge_gradient_is_not_remembered(compressor, size):
+    """Finite, but its square may not be, nor its sum: later rounds must not suffer."""
+    first, *rest = draw(4)
+    first["b"][1, 0, 0] = size
+    *_, (mean, state) = rounds_of(compressed_average(compressor), [first, *rest])
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((mean, state)))
+
+
 # Deep Gradient Compression.
 
 
@@ -228,7 +254,7 @@ def plain_dgc(grads, density, momentum, clip):
         for i in range(N):
             mine = [g[k][i] for k in NAMES]
             norm = np.sqrt(sum((x**2).sum() for x in mine))
-            mine = [x * np.float32(min(1.0, clip / N**0.5 / norm)) for x in mine]
+            mine = [x * np.float32(min(1.0, clip * N**0.5 / norm)) for x in mine]
             us[i] = [np.float32(momentum) * u + x for u, x in zip(us[i], mine, strict=True)]
             vs[i] = [v + u for v, u in zip(vs[i], us[i], strict=True)]
             parts.append(plain.top_k(vs[i], density))
@@ -241,9 +267,9 @@ def plain_dgc(grads, density, momentum, clip):
 @pytest.mark.parametrize("how", MAPS)
 def test_dgc_equals_the_reference(how):
     grads = draw(4)
-    tx = deep_gradient_compression(0.1, 0.5, clip_norm=3.0)
+    tx = deep_gradient_compression(0.1, 0.5, clip_norm=30.0)  # a norm of 60 a worker, of 75
     got = rounds_of(tx, grads, how=how)
-    for (mean, _), want in zip(got, plain_dgc(grads, 0.1, 0.5, 3.0), strict=True):
+    for (mean, _), want in zip(got, plain_dgc(grads, 0.1, 0.5, 30.0), strict=True):
         for leaf, name in enumerate(NAMES):
             np.testing.assert_allclose(mean[name][0], want[leaf], rtol=1e-4, atol=1e-6)
 

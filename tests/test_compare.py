@@ -147,7 +147,7 @@ def test_a_second_run_measures_nothing_and_says_the_same(tmp_path):
     ("row", "message"),
     [
         ("nonsense", "is no results file of compare.py"),
-        ('{"format": 99}', "is of format 99, this is 1: use another --out"),
+        ('{"format": 99}', "is of format 99, this is 2: use another --out"),
     ],
 )
 def test_other_results_are_not_mixed_in(tmp_path, row, message):
@@ -165,6 +165,24 @@ def test_results_of_another_setting_are_not_mixed_in(tmp_path):
     done = start(tmp_path, *ARGUMENTS, *methods, "--steps", "3")
     assert done.returncode == 2
     assert "has results of another setting" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_split_that_cannot_be_is_said_at_once(tmp_path):
+    done = start(tmp_path, *ARGUMENTS, "--splits", "groups", "--workers", "2", "64")
+    assert done.returncode == 2
+    assert "--splits, --workers: `workers` must be at most 42" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_run_that_diverges_is_said_to(train, task, monkeypatch):
+    report = load(monkeypatch, "compare_report")
+    long = task._replace(steps=60)
+    result = train.Trainer(long, "SGD momentum", 2).run(0, 1e9, 1e9)
+    assert np.isnan(result.loss)
+    assert np.isnan(result.accuracy)
+    assert len(result.losses) == 60
+    assert report.spread([1.0, float("nan")], ".1f") == "diverged (1 of 2)"
 
 
 @pytest.mark.parametrize(

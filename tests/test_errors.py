@@ -260,6 +260,9 @@ CASES = {
     "`levels` must lie in [1, 32767]; got 0.": lambda: baselines.QSGD(levels=0),
     "`bucket` must be a static Python int; got 1.5.": lambda: baselines.QSGD(bucket=1.5),
     "`norm` must be one of 'l2', 'max'; got 'l1'.": lambda: baselines.QSGD(norm="l1"),
+    "`weight` is for a vote; a compressed average weighs all workers alike.": vote(
+        baselines.compressed_average(baselines.QSGD()), static={"weight": 1}
+    ),
     "`clip` must be a finite number above 0, or None; got 0.": lambda: baselines.TernGrad(clip=0),
     "`density` must be a static number in (0, 1]; got 0.": lambda: baselines.TopK(0),
     "`density` must be a static number in (0, 1]; got 1.5.": dgc(0.1, warmup=(1.5,)),

@@ -154,8 +154,8 @@ def compressed_average(
       \bar g = \tfrac{1}{n} \textstyle\sum_i C(p_i)
 
     Like :func:`distlion_jax.distributed_lion` it needs the worker's *own* gradient, and its state
-    lies outside the mapped function with a leading worker axis. A worker with a number that is not
-    finite sits the round out, and keeps its error.
+    lies outside the mapped function with a leading worker axis. A worker whose gradient (with its
+    error) has no finite norm in float32 sits the round out, and keeps its error.
 
     Args:
       compressor: what is sent: :class:`QSGD`, :class:`TernGrad`, :class:`EFSign`, :class:`TopK` or
@@ -228,18 +228,28 @@ def enter(
     participating: ArrayLike,
     weight: ArrayLike | None,
 ) -> Round:
-    """Checks gradients, and decides whether this worker takes part: all it wants is finite."""
+    """Checks gradients, and decides whether this worker takes part: what it wants has a norm.
+
+    One number of 1e20 has none in float32, and would end in scales and errors that are not finite.
+    """
     wire.size(axis_name)
     checks.check_state(count)
     checks.check_local(updates, axis_name)
-    mine = checks.effective_weight(Rules(), participating, weight)
-    mine = jnp.where(all_finite(wanted), mine, 0)
+    if weight is not None:
+        raise ValueError("`weight` is for a vote; a compressed average weighs all workers alike.")
+    mine = checks.effective_weight(Rules(), participating, None)
+    square = sum(jnp.sum(x * x) for x in jax.tree.leaves(wanted))
+    mine = jnp.where(jnp.isfinite(square), mine, 0)
     return Round(axis_name, count, jax.lax.axis_index(axis_name), mine)
 
 
 def keep(round_: Round, new: Any, old: Any) -> Any:
-    """The new state of a worker that took part, the old one of a worker that sat out."""
-    return jax.tree.map(lambda x, y: jnp.where(round_.weight > 0, x, y), new, old)
+    """The new state of a worker that took part, the old one of a worker that sat out.
+
+    The old one too where the mean was not finite, so that one bad round is not remembered.
+    """
+    take = (round_.weight > 0) & all_finite(new)
+    return jax.tree.map(lambda x, y: jnp.where(take, x, y), new, old)
 
 
 def as_updates(mean: Leaves, updates: Any) -> Any:

@@ -25,7 +25,8 @@ class EFSign(Gathered):
     Sent as this package's binary ballot (one bit, and a presence bit a block of 128) and a float32
     a leaf. Signs of different scales cannot be summed in transit: messages are gathered.
 
-    Differs from the paper: errors are of gradients, not of steps (the same where the learning rate
+    Differs from the paper: it has one worker, here the mean of the workers' messages is applied;
+    errors are of gradients, not of steps (the same where the learning rate
     is constant); a block of 128 exact zeros stays zero, and d counts the coordinates of the others;
     isolated zeros toss a coin.
 

@@ -17,12 +17,21 @@ from distlion_jax.rules import check_static
 from distlion_jax.words import Layout
 
 
+def _usable(new: Array, old: Array) -> Array:
+    """The new Q, but for columns that could not be multiplied by again: all zero, or not finite.
+
+    A Q of zeros would stay so, and its matrix would never move again.
+    """
+    fine = jnp.all(jnp.isfinite(new), axis=0) & jnp.any(new != 0, axis=0)
+    return jnp.where(fine, new, old)
+
+
 @dataclasses.dataclass(frozen=True)
 class PowerSGD(Compressor):
     r"""Low-rank means by one step of the power method, warm-started, with error feedback.
 
     A leaf of two or more axes is a matrix M (its last axis against the others). With Q of the step
-    before, in two all-reduces:
+    before, in two all-reduces (and one of a number, how many workers take part):
 
     .. math::
 
@@ -32,7 +41,9 @@ class PowerSGD(Compressor):
     Vectors, and matrices that two factors would not make smaller, are averaged as they are. The
     error of a worker is M_i less the *mean* that all apply, as in the authors' code.
 
-    Differs from the paper: momentum is whatever optimizer follows; P is orthogonalised by QR.
+    Differs from the paper: momentum is whatever optimizer follows; P is orthogonalised by QR, in
+    the backend's default precision of products, and must come out alike on all workers: on devices
+    of one kind, running one program, it does. A column of Q that is all zero is kept as it was.
 
     Args:
       rank: r, columns of P and Q.
@@ -99,8 +110,7 @@ class PowerSGD(Compressor):
             (next(low) if both else next(plain)).reshape(x.shape)
             for x, both in zip(leaves, sides, strict=True)
         ]
-        # Of a round that nobody took part in nothing is remembered.
-        memory = [jnp.where(workers > 0, new, old) for new, old in zip(qs, memory, strict=True)]
+        memory = [_usable(new, old) for new, old in zip(qs, memory, strict=True)]
         return mean, mean, memory
 
     def collectives(self, layout: Layout, n: int) -> tuple[Collective, ...]:

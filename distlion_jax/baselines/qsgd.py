@@ -64,8 +64,12 @@ class QSGD(Gathered):
         """Bits a coordinate."""
         return 1 + int(self.levels).bit_length()
 
+    def _bucket(self, size: int) -> int:
+        """Coordinates a bucket of a leaf of this size."""
+        return min(self.bucket, max(size, 1))
+
     def _buckets(self, layout: Layout) -> list[int]:
-        return [-(-leaf.size // self.bucket) for leaf in layout.leaves]
+        return [-(-leaf.size // self._bucket(leaf.size)) for leaf in layout.leaves]
 
     def words(self, layout: Layout) -> int:
         """Planes, then a norm a bucket."""
@@ -73,17 +77,20 @@ class QSGD(Gathered):
 
     def _norms(self, x: Array) -> Array:
         """``float32[buckets]`` of one leaf."""
-        rows = jnp.pad(jnp.abs(x.reshape(-1)), (0, -x.size % self.bucket)).reshape(-1, self.bucket)
+        bucket = self._bucket(x.size)
+        rows = jnp.pad(jnp.abs(x.reshape(-1)), (0, -x.size % bucket)).reshape(-1, bucket)
+        largest = rows.max(axis=1)
         if self.norm == "max":
-            return rows.max(axis=1)
-        return jnp.sqrt((rows * rows).sum(axis=1))
+            return largest
+        rows = rows / jnp.where(largest > 0, largest, 1)[:, None]  # squares of tiny numbers are 0
+        return largest * jnp.sqrt((rows * rows).sum(axis=1))
 
     def _spread(self, norms: Array, shape: tuple[int, ...]) -> Array:
         """The norm of every coordinate's bucket."""
         size = int(np.prod(shape, dtype=np.int64))
-        return jnp.repeat(norms, self.bucket, total_repeat_length=len(norms) * self.bucket)[
-            :size
-        ].reshape(shape)
+        bucket = self._bucket(size)
+        each = jnp.repeat(norms, bucket, total_repeat_length=len(norms) * bucket)
+        return each[:size].reshape(shape)
 
     def _code(self, x: Array, norms: Array, uniform: Array) -> Array:
         """Level, and the sign in the bit above it, as uint16."""

@@ -22,7 +22,9 @@ def distributed_signum(
       m_i \leftarrow \beta m_i + (1 - \beta) g_i, \qquad \delta_i = \mathrm{sign}(m_i)
 
     which is :func:`distlion_jax.distributed_lion` with ``b1 = b2 = beta``: its ballot is cast on
-    the blend that becomes the momentum.
+    the blend that becomes the momentum. Differs from the paper: ties and blocks of 128 exact zeros
+    do not move, isolated zeros toss a coin (or as ``options`` say), where published code votes +1;
+    weight decay is decoupled; beta is what Distributed Lion's authors compare with.
 
     Args:
       learning_rate: step size or schedule.
@@ -51,8 +53,9 @@ def sign_sgd(
 ) -> optax.GradientTransformationExtraArgs:
     r"""SignSGD with majority vote: ``delta_i = sign(g_i)``, and no momentum.
 
-    This is :func:`distlion_jax.distributed_lion` with ``b1 = b2 = 0``. Differs from the paper:
-    ties and exact zeros do not move (or as ``options`` say), where published code votes +1.
+    This is :func:`distlion_jax.distributed_lion` with ``b1 = b2 = 0``. Differs from the paper: ties
+    and blocks of 128 exact zeros do not move, isolated zeros toss a coin (or as ``options`` say),
+    where published code votes +1; weight decay is decoupled.
 
     Args:
       learning_rate: step size or schedule.

@@ -11,7 +11,7 @@ from jax import Array
 from distlion_jax import ledger, vote, wire, words
 from distlion_jax.ballot import Ballot
 from distlion_jax.baselines.compress import Compressor, Leaves, Round
-from distlion_jax.ledger import Collective
+from distlion_jax.ledger import Collective, WireCost
 from distlion_jax.rules import Rules, known
 from distlion_jax.words import Layout
 
@@ -27,12 +27,13 @@ class TernGrad(Compressor):
 
       b_j \sim \mathrm{Bernoulli}(|g_j| / s), \qquad t_j = s \, \mathrm{sign}(g_j) \, b_j
 
-    which is g_j on average. With one scale for all, the sum over workers is a count: the ternary
-    ballots are averaged by the same :mod:`vote` as Distributed Lion's, in 2 bits up and
+    which is the clipped g_j on average. With one scale for all, the sum over workers is a count:
+    the ternary ballots are averaged by the same :mod:`vote` as Distributed Lion's, in 2 bits up and
     ``ceil(log2(2n+1))`` down, and scale like an all-reduce.
 
     Differs from the paper: every layer is made ternary (the paper leaves the last one alone); the
-    random numbers are a hash of (step, coordinate, worker).
+    random numbers are a hash of (step, coordinate, worker). A leaf whose numbers are all the same
+    (a scalar) is not clipped.
 
     Args:
       clip: standard deviations of a leaf that it is clipped to; None: not clipped.
@@ -65,7 +66,8 @@ class TernGrad(Compressor):
     def _clipped(self, x: Array) -> Array:
         if self.clip is None:
             return x
-        most = self.clip * jnp.std(x)
+        deviation = jnp.std(x)
+        most = jnp.where(deviation > 0, self.clip * deviation, jnp.inf)
         return jnp.clip(x, -most, most)
 
     def mean(self, leaves: Leaves, memory: Any, round_: Round) -> tuple[Leaves, Leaves, Any]:
@@ -98,4 +100,12 @@ class TernGrad(Compressor):
     def collectives(self, layout: Layout, n: int) -> tuple[Collective, ...]:
         """The largest absolute value of every leaf, and a vote."""
         scales = Collective("all-reduce", "f32", len(layout.leaves), n)
-        return (scales, *ledger.cost(layout, n, self._rules()).collectives)
+        return (scales, *self._vote(layout, n).collectives)
+
+    def cost(self, params: Any, n: int) -> WireCost:
+        """Exact wire cost of one round; ``auto`` is resolved."""
+        transport = self._vote(ledger.layout_of(params), n).transport
+        return super().cost(params, n)._replace(transport=transport)
+
+    def _vote(self, layout: Layout, n: int) -> WireCost:
+        return ledger.cost(layout, n, self._rules())

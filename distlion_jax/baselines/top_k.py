@@ -66,7 +66,8 @@ class TopK(Gathered):
         _check_density("density", self.density)
 
     def _sent(self, layout: Layout) -> list[int]:
-        return [math.ceil(self.density * leaf.size) for leaf in layout.leaves]
+        # 0.07 * 100 is 7.000000000000001
+        return [math.ceil(round(self.density * leaf.size, 6)) for leaf in layout.leaves]
 
     def words(self, layout: Layout) -> int:
         """A value and a place for each coordinate that is sent."""
@@ -112,7 +113,7 @@ def deep_gradient_compression(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Deep Gradient Compression: Top-K with momentum correction and masking, clipping, warm-up.
 
-    Each worker clips its gradient to a global norm of ``clip_norm / sqrt(n)``, and then
+    Each worker clips its gradient to a norm of ``clip_norm * sqrt(n)``, and then
 
     .. math::
 
@@ -130,7 +131,9 @@ def deep_gradient_compression(
       momentum: m, in [0, 1).
       warmup: densities of the stages before that; the paper's: (0.25, 0.0625, 0.015625, 0.004).
       warmup_steps: steps of a stage.
-      clip_norm: global norm that the sum of n gradients is clipped to; None: not clipped.
+      clip_norm: norm, of all leaves together, that the mean of n independent gradients should not
+        exceed: one worker's is sqrt(n) times as long. (The paper divides gradients by n first, and
+        its threshold by sqrt(n).) None: not clipped.
       axis_name: mapped axis, or axes, that the workers lie on.
 
     References:
@@ -155,13 +158,13 @@ def deep_gradient_compression(
 
     def init_fn(params: optax.Params) -> Any:
         checks.check_params(params, jnp.float32, 0.0)
-        zeros = optax.tree.zeros_like(params, dtype=jnp.float32)
-        return DeepGradientCompressionState(jnp.zeros([], jnp.int32), zeros, zeros)
+        zeros = [optax.tree.zeros_like(params, dtype=jnp.float32) for _ in range(2)]
+        return DeepGradientCompressionState(jnp.zeros([], jnp.int32), *zeros)  # two, to be donated
 
     def clipped(g: Any) -> Any:
         if clip_norm is None:
             return g
-        most = clip_norm / wire.size(axis_name) ** 0.5
+        most = clip_norm * wire.size(axis_name) ** 0.5
         factor = jnp.minimum(1.0, most / jnp.maximum(optax.tree.norm(g), 1e-30))
         return jax.tree.map(lambda x: x * factor, g)
 
