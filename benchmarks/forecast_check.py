@@ -61,11 +61,12 @@ def checks(rows: list[Row]) -> list[Check]:
     cells, out = network_report.groups(rows), []
     for (workload, n, rate), methods in cells.items():
         unshaped = cells.get((workload, n, "unshaped"), {})
-        if rate in ("unshaped", "loopback") or "local" not in methods or "local" not in unshaped:
+        if rate in ("unshaped", "loopback") or "local" not in unshaped:
             continue
+        local = methods.get("local", unshaped["local"])
         for name, row in methods.items():
             if name in unshaped and (name == "lion fp32" or name in VOTES):
-                seconds = predict(row, unshaped, methods["local"])
+                seconds = predict(row, unshaped, local)
                 out.append(Check(row, network_report.median(row), seconds))
     return out
 

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from distlion_jax import wire
 from distlion_jax.lion import is_vote
 from distlion_jax.rules import AxisName
+from distlion_jax.step_checks import check_replicated
 
 
 def worker_mesh(
@@ -114,9 +115,12 @@ def replicated(tx: optax.GradientTransformation) -> optax.GradientTransformation
         updates, inner = tx.update(updates, state.inner, params, **extra_args)
         return updates, ReplicatedState(inner)
 
-    return optax.GradientTransformationExtraArgs(
-        lambda params: ReplicatedState(tx.init(params)), update
-    )
+    def init(params: Any) -> ReplicatedState:
+        inner = tx.init(params)
+        check_replicated(inner)
+        return ReplicatedState(inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _is_replicated(node: Any) -> bool:
@@ -162,11 +166,19 @@ def state_specs(state: Any, axis_name: AxisName = "data") -> Any:
     )
 
 
-def _is_shared(path: Sequence[Any], node: Any) -> bool:
+def _hyperparams(state: Any) -> list[Any]:
+    """The leaves that ``optax.inject_hyperparams`` keeps its hyperparameters in."""
+    kinds = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
+    injects = lambda node: isinstance(node, kinds)  # noqa: E731
+    nodes = [x for x in jax.tree.leaves(state, is_leaf=injects) if injects(x)]
+    found = [leaf for node in nodes for leaf in jax.tree.leaves(node.hyperparams)]
+    return found + [leaf for node in nodes for leaf in _hyperparams(node.inner_state)]
+
+
+def _is_shared(node: Any, injected: bool) -> bool:
     """Whether all workers hold the same: not so the momentum of a scalar parameter."""
     if _is_whole(node) or node.ndim:
         return False
-    injected = any(getattr(key, "name", "") == "hyperparams" for key in path)  # Optax's field
     counts = jnp.issubdtype(node.dtype, jnp.integer) or node.dtype == jnp.bool_
     return injected or counts  # a random key is neither
 
@@ -197,9 +209,9 @@ def unstack(state: Any, axis_name: AxisName = "data") -> Any:
     state = _map_state(lambda x: x[0], state)
     if not wire.is_checked(axis_name):
         return state
-    named, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_whole)
-    nodes = [node for _, node in named]
-    shared = [i for i, (path, node) in enumerate(named) if _is_shared(path, node)]
+    injected = set(map(id, _hyperparams(state)))
+    nodes, treedef = jax.tree.flatten(state, is_leaf=_is_whole)
+    shared = [i for i, node in enumerate(nodes) if _is_shared(node, id(node) in injected)]
     if shared:
         first = jax.lax.axis_index(axis_name) == 0
         mine = [jnp.where(first, nodes[i], jnp.zeros_like(nodes[i])) for i in shared]

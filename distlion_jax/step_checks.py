@@ -24,6 +24,30 @@ EXCHANGES = (  # states of what makes workers agree
 )
 
 
+def _holds(state: Any, kinds: tuple[type, ...]) -> bool:
+    is_one = lambda node: isinstance(node, kinds)  # noqa: E731
+    return any(map(is_one, jax.tree.leaves(state, is_leaf=is_one)))
+
+
+def check_replicated(state: Any) -> None:
+    """Raises for a state that is not the same on all workers."""
+    if _holds(state, EXCHANGES):
+        raise ValueError(
+            "`tx` holds a vote or an average over the workers, whose state is each worker's own. "
+            "replicated(...) is for what follows it: optax.chain(compressed_average(...), "
+            "replicated(optax.adamw(...)))."
+        )
+
+
+def check_averaged(state: Any) -> None:
+    """Raises for a vote on gradients that the step has averaged: full precision, for theatre."""
+    if _holds(state, EXCHANGES):
+        raise ValueError(
+            "`tx` holds a vote or an average over the workers, and gradients='mean' averages "
+            "before it. Use gradients='local'."
+        )
+
+
 def check_batch(batch: Any, n: int) -> None:
     """Raises unless every leaf has as many rows as the first, and n workers can share them."""
     first = None
@@ -57,8 +81,7 @@ def check_step(batch: Any, state: Any, extra: dict[str, Any], n: int, shards: in
 
 def check_exchange(state: Any) -> None:
     """Raises for a transformation that sends nothing, where JAX would not see replicas part."""
-    is_ours = lambda node: isinstance(node, EXCHANGES)  # noqa: E731
-    if not any(map(is_ours, jax.tree.leaves(state, is_leaf=is_ours))):
+    if not _holds(state, EXCHANGES):
         raise ValueError(
             "`tx` holds no vote and no average over the workers: each would go its own way on its "
             "local gradient, in silence. Use distributed_lion, put average_gradients before it, or "

@@ -58,8 +58,8 @@ def synchronize_momentum(
       wire_dtype: what momenta are summed and sent in, as ``jnp.bfloat16``; None: float32.
 
     Returns:
-      The transformation. All workers take part in the mean, those that sat a round out too: their
-      momenta are finite. Extra arguments are handed on.
+      The transformation. All workers count alike in the mean, whatever their weight, and those that
+      sat a round out too: their momenta are finite. Extra arguments are handed on.
 
     Raises:
       ValueError: for a bad ``every`` at construction; in ``init`` for a transformation that does

@@ -30,7 +30,7 @@ from distlion_jax.mesh import (
 )
 from distlion_jax.metrics import Metrics, average, vote_health, votes_of
 from distlion_jax.rules import AxisName, check_choice
-from distlion_jax.step_checks import check_exchange, check_step
+from distlion_jax.step_checks import check_averaged, check_exchange, check_step
 
 Step = Callable[..., tuple[Any, Any, Metrics]]
 
@@ -152,6 +152,8 @@ def make_train_step(
     def mapped(params: Any, state: Any, batch: Any, rng: Any, extra: dict[str, Any]) -> Any:
         if stacked and n > 1 and not check_vma:
             check_exchange(state)
+        if not stacked:
+            check_averaged(state)
         state = unstack(state, axis_name) if stacked else state
         extra = jax.tree.map(lambda x: x[0], extra)
         params, state, metrics = worker(params, state, batch, rng, extra)
@@ -227,12 +229,14 @@ def make_pmap_train_step(
         health = tuple(h._replace(voted=h.voted[0]) for h in metrics.health)
         return params, state, metrics._replace(health=health)
 
+    # One argument: pmap takes a tuple of axes for the arrays' own where there are as many arrays as
+    # arguments, whatever they belong to.
     mapped = jax.pmap(
-        one,
+        lambda kept, given: one(*kept, *given),
         axis_name,
-        in_axes=(0, 0, 0, None, 0),
+        in_axes=((0, 0), (0, None, 0)),
         devices=devices,
-        donate_argnums=(0, 1) if donate else (),
+        donate_argnums=(0,) if donate else (),
     )
 
     settle = _settler(devices)
@@ -240,7 +244,7 @@ def make_pmap_train_step(
     def step(params: Any, state: Any, batch: Any, *, rng: Any = None, **extra: Any) -> Any:
         check_step(batch, (params, state), extra, n, n)
         batch = jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch)
-        params, state, metrics = mapped(params, state, batch, rng, extra)
+        params, state, metrics = mapped((params, state), (batch, rng, extra))
         settle(metrics)
         first = jax.tree.map(lambda x: x[0], metrics)
         pairs = zip(first.health, metrics.health, strict=True)

@@ -71,10 +71,8 @@ def mean(parts, entered):
 
 def terngrad(workers, step, clip, entered):
     """All workers together: they share their scales."""
-    clipped = [
-        [np.clip(x, -clip * x.std(), clip * x.std()) if clip and x.std() > 0 else x for x in leaves]
-        for leaves in workers
-    ]
+    most = lambda x: np.float32(clip or np.inf) * np.sqrt((x * x).mean())  # noqa: E731
+    clipped = [[np.clip(x, -most(x), most(x)) for x in leaves] for leaves in workers]
     chosen = [c for c, e in zip(clipped, entered, strict=True) if e]
     scales = [max(np.abs(x).max(initial=0) for x in xs) for xs in zip(*chosen, strict=True)]
     parts = []
@@ -88,17 +86,21 @@ def terngrad(workers, step, clip, entered):
 
 
 def power_sgd(workers, qs, entered):
-    """All workers together; returns the mean and the new Q (None for leaves that are not split)."""
-    out, new = [], []
+    """All workers together: the mean, their parts of it, the new Q (None where none is split)."""
+    out, parts, new = [], [[] for _ in workers], []
     for xs, q in zip(zip(*workers, strict=True), qs, strict=True):
         chosen = [x for x, e in zip(xs, entered, strict=True) if e]
         average = sum(chosen) / np.float32(len(chosen))
         if q is None:
             out.append(average)
             new.append(None)
+            for part, x in zip(parts, xs, strict=True):
+                part.append(x)
             continue
         m = average.reshape(-1, average.shape[-1])  # the mean of the products is that of the means
         p = np.linalg.qr(m @ q)[0]
         new.append(m.T @ p)
         out.append((p @ new[-1].T).reshape(average.shape))
-    return out, new
+        for part, x in zip(parts, xs, strict=True):
+            part.append((p @ (p.T @ x.reshape(m.shape))).reshape(x.shape))
+    return out, parts, new

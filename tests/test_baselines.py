@@ -90,8 +90,7 @@ def plain_average(compressor, grads, entered, q0):
         if isinstance(compressor, TernGrad):
             mean, parts = plain.terngrad(wanted, step, compressor.clip, enters), wanted
         elif isinstance(compressor, PowerSGD):
-            mean, qs = plain.power_sgd(wanted, qs, enters)
-            parts = [mean] * n
+            mean, parts, qs = plain.power_sgd(wanted, qs, enters)
         else:
             parts = [plain_message(compressor, x, step, i) for i, x in enumerate(wanted)]
             mean = plain.mean(parts, enters)
@@ -217,6 +216,17 @@ def test_low_rank_means_are_exact():
     np.testing.assert_allclose(mean["w"][0], g["w"].mean(0), atol=1e-4)
 
 
+def test_a_worker_that_sits_out_leaves_no_debt():
+    """What workers differ by is not piled up, to be let loose when one is away."""
+    tree = {"v": (12,), "w": (16, 12)}
+    (g,) = draw(1, tree=tree)
+    away = [{"participating": [True] * N}] * 50 + [{"participating": [False] + [True] * 3}]
+    tx = compressed_average(PowerSGD(1))
+    mean, _ = rounds_of(tx, [g] * 51, tree=tree, extra=away)[-1]
+    np.testing.assert_allclose(mean["v"][0], g["v"][1:].mean(0), atol=1e-5)
+    assert np.abs(mean["w"][0]).max() < 30
+
+
 def test_a_matrix_without_gradient_is_not_lost():
     """A first gradient of zeros, and rows that stay zero: Q must not become zero for good."""
     g = {"w": np.zeros((N, 16, 12), np.float32)}
@@ -231,6 +241,12 @@ def test_scalars_move_under_every_method():
     for compressor in (QSGD(), TernGrad(), EFSign(), TopK(0.5), PowerSGD(1)):
         ((mean, _),) = rounds_of(compressed_average(compressor), [g], tree={"s": ()})
         assert mean["s"][0] == 2.0, compressor
+
+
+def test_leaves_of_nearly_equal_numbers_are_not_clipped_away():
+    g = {"v": np.full((N, 300), 0.3, np.float32)}
+    ((mean, _),) = rounds_of(compressed_average(TernGrad()), [g], tree={"v": (300,)})
+    np.testing.assert_allclose(mean["v"][0], 0.3, rtol=1e-6)
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS + OPTIONS, ids=repr)

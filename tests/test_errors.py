@@ -270,6 +270,9 @@ CASES = {
     "`warmup_steps` must be an int of at least 1; got 0.": dgc(warmup_steps=0),
     "`clip_norm` must be a number above 0, or None; got -1.": dgc(clip_norm=-1),
     "`rank` must lie in [1, 32768]; got 0.": lambda: baselines.PowerSGD(0),
+    "`tx` holds a vote or an average over the workers, whose state is each": lambda: dl.replicated(
+        dl.distributed_lion(0.1)
+    ).init(PARAMS),
     # Momenta in step
     "`every` must lie in [1, 2147483647]; got 0.": lambda: dl.synchronize_momentum(
         dl.distributed_lion(0.1), 0
@@ -330,6 +333,9 @@ CASES = {
     ),
     "`tx` holds no vote and no average ... put average_gradients before": pmap_step(
         tx=optax.lion(0.1)
+    ),
+    "`tx` holds a vote or an average over the workers, and gradients='mean' averages": step(
+        options={"gradients": "mean", "check_vma": False}
     ),
     "`participating` is for a vote; gradients='mean' takes all.": step(
         options={"gradients": "mean"}, participating=jnp.ones(8, bool)

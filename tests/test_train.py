@@ -5,6 +5,8 @@ The loss is linear in the parameters, so that a worker's gradient is the mean of
 batch, exactly.
 """
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -352,3 +354,53 @@ def test_noise_with_its_own_key(how):
     assert_parameters(
         train(how, tx, batches()), named(reference_run([means(b) for b in batches()]))
     )
+
+
+def test_pmap_splits_the_batch_whatever_the_number_of_arrays():
+    """Five arrays, as many as the step has arguments: pmap took the axes of one for another's."""
+    tx = optax.chain(dl.average_gradients(), dl.replicated(optax.sgd(0.01, momentum=0.9)))
+    w = jnp.zeros(16)
+    x = jax.random.normal(jax.random.key(0), (32, 16))
+    batch = (x, x @ jnp.linspace(-1.0, 1.0, 16))
+
+    def loss(w, batch):
+        return jnp.mean((batch[0] @ w - batch[1]) ** 2)
+
+    mesh = dl.worker_mesh(8)
+    params, state = dl.replicate(w, mesh), dl.init_state(tx, w, mesh)
+    step = dl.make_train_step(loss, tx, mesh)
+    many, states = dl.pmap_replicate(w), dl.pmap_replicate(tx.init(w))
+    assert len(jax.tree.leaves((many, states, batch))) == 5
+    pmap_step = dl.make_pmap_train_step(loss, tx)
+    for _ in range(20):
+        params, state, metrics = step(params, state, batch)
+        many, states, other = pmap_step(many, states, batch)
+    np.testing.assert_allclose(other.loss, metrics.loss, rtol=1e-4)
+    np.testing.assert_allclose(many[0], params, rtol=1e-4, atol=1e-6)
+
+
+class Container(NamedTuple):
+    """Parameters with a field of the name that Optax's injected hyperparameters have."""
+
+    net: Any
+    hyperparams: Any
+
+
+def test_a_parameter_may_be_called_hyperparams():
+    mesh = dl.worker_mesh(8)
+    tx = optax.chain(optax.trace(0.9), dl.average_gradients(), optax.scale(-0.1))
+    params = Container(jnp.zeros(3), {"noise": jnp.zeros(())})
+    target = jnp.where(jnp.arange(8) == 0, -8.0, 1.0)  # of each worker
+
+    def loss(p, t):
+        return jnp.sum(p.net**2) + p.hyperparams["noise"] * jnp.mean(t)
+
+    step = dl.make_train_step(loss, tx, mesh)
+    placed, state = dl.replicate(params, mesh), dl.init_state(tx, params, mesh)
+    for _ in range(5):
+        placed, state, _ = step(placed, state, target)
+    momentum, x, mean = 0.0, 0.0, float(target.mean())
+    for _ in range(5):
+        momentum = 0.9 * momentum + mean
+        x -= 0.1 * momentum
+    assert float(placed.hyperparams["noise"]) == pytest.approx(x, rel=1e-5)

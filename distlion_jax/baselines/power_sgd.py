@@ -38,8 +38,8 @@ class PowerSGD(Compressor):
       P = \mathrm{orthogonalise}(\tfrac{1}{n} \textstyle\sum_i M_i Q), \qquad
       Q \leftarrow \tfrac{1}{n} \textstyle\sum_i M_i^T P, \qquad \bar M = P Q^T
 
-    Vectors, and matrices that two factors would not make smaller, are averaged as they are. The
-    error of a worker is M_i less the *mean* that all apply, as in the authors' code.
+    Vectors, and matrices that two factors would not make smaller, are averaged as they are, and
+    leave no error. A worker's part, that error feedback takes off, is P P^T M_i.
 
     Differs from the paper: momentum is whatever optimizer follows; P is orthogonalised by QR, in
     the backend's default precision of products, and must come out alike on all workers: on devices
@@ -104,14 +104,16 @@ class PowerSGD(Compressor):
         means = average([*products, *rest])
         ps = [jnp.linalg.qr(p)[0] for p in means[: len(matrices)]]
         qs = average([m.T @ p for m, p in zip(matrices, ps, strict=True)])
-        low, dense = iter([p @ q.T for p, q in zip(ps, qs, strict=True)]), means[len(matrices) :]
-        plain = iter(dense)
-        mean = [
-            (next(low) if both else next(plain)).reshape(x.shape)
-            for x, both in zip(leaves, sides, strict=True)
-        ]
+        own = [p @ (p.T @ m) for m, p in zip(matrices, ps, strict=True)]
+
+        def assembled(low: list[Array], dense: list[Array]) -> Leaves:
+            parts = {True: iter(low), False: iter(dense)}
+            pairs = zip(leaves, sides, strict=True)
+            return [next(parts[both is not None]).reshape(x.shape) for x, both in pairs]
+
+        mean = assembled([p @ q.T for p, q in zip(ps, qs, strict=True)], means[len(matrices) :])
         memory = [_usable(new, old) for new, old in zip(qs, memory, strict=True)]
-        return mean, mean, memory
+        return mean, assembled(own, rest), memory
 
     def collectives(self, layout: Layout, n: int) -> tuple[Collective, ...]:
         """The number of workers; all P with what is not compressed; all Q."""

@@ -20,8 +20,8 @@ from distlion_jax.words import Layout
 class TernGrad(Compressor):
     r"""Ternary gradients: each coordinate is -1, 0 or +1 times a scale that all workers share.
 
-    A leaf g is first clipped to ``clip`` standard deviations. Its scale is the largest absolute
-    value over all workers (the paper's scaler sharing), and
+    A leaf g is first clipped to ``clip`` standard deviations about zero. Its scale is the largest
+    absolute value over all workers (the paper's scaler sharing), and
 
     .. math::
 
@@ -32,11 +32,11 @@ class TernGrad(Compressor):
     ``ceil(log2(2n+1))`` down, and scale like an all-reduce.
 
     Differs from the paper: every layer is made ternary (the paper leaves the last one alone); the
-    random numbers are a hash of (step, coordinate, worker). A leaf whose numbers are all the same
-    (a scalar) is not clipped.
+    random numbers are a hash of (step, coordinate, worker); deviations are from zero and not from
+    the mean, or leaves whose numbers are nearly the same would be clipped to nothing.
 
     Args:
-      clip: standard deviations of a leaf that it is clipped to; None: not clipped.
+      clip: standard deviations about zero that a leaf is clipped to; None: not clipped.
       transport: as in :func:`distlion_jax.distributed_lion`.
 
     References:
@@ -66,8 +66,7 @@ class TernGrad(Compressor):
     def _clipped(self, x: Array) -> Array:
         if self.clip is None:
             return x
-        deviation = jnp.std(x)
-        most = jnp.where(deviation > 0, self.clip * deviation, jnp.inf)
+        most = self.clip * jnp.sqrt(jnp.mean(x * x))
         return jnp.clip(x, -most, most)
 
     def mean(self, leaves: Leaves, memory: Any, round_: Round) -> tuple[Leaves, Leaves, Any]:
