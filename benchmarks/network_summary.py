@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from network_methods import PEERS
+from network_methods import COMPRESSED, PEERS
 from network_report import BITS, Row, groups, median, ratio, read
 
 Cells = dict[tuple[str, int, str], dict[str, Row]]
@@ -59,6 +59,19 @@ def exchanges(cells: Cells) -> str:
     return _table(["method", "sent, bits a parameter", *(LINKS[rate] for rate in rates)], body)
 
 
+def others(cells: Cells) -> str:
+    """Milliseconds a step of the other methods, before Lion: update and exchange alone."""
+    rates = [rate for rate in _links(cells, "exchange") if "qsgd" in cells["exchange", 2, rate]]
+    names = ("lion fp32", "majority", *COMPRESSED)
+    head = [f"{LINKS[rate]}, n = {n}" for n in (2, 4) for rate in rates]
+
+    def cell(n: int, rate: str, name: str) -> str:
+        return f"{1e3 * median(cells['exchange', n, rate][name]):,.0f}"
+
+    body = [[name, *(cell(n, rate, name) for n in (2, 4) for rate in rates)] for name in names]
+    return _table(["ms a step", *head], body)
+
+
 def growth(cells: Cells) -> str:
     """Megabytes that the interfaces counted: what grows with the number of workers."""
     names = ("lion fp32", "majority, coin", "majority, all_gather")
@@ -95,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     cells = groups(rows)
     votes = [("majority", 2), (CHUNKS, 2), ("majority", 4), (CHUNKS, 4), ("majority", 8)]
     print(speeds(cells, "exchange", votes), speeds(cells, "large", votes[:4]), exchanges(cells),
-          growth(cells), accuracy(rows), sep="\n\n")  # fmt: skip
+          others(cells), growth(cells), accuracy(rows), sep="\n\n")  # fmt: skip
     return 0
 
 
