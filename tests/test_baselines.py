@@ -27,12 +27,21 @@ from tests.test_wire_bytes import assert_as_predicted, lowered_update
 N = 4
 TREE = {"a": (7, 5), "b": (3, 128), "c": (40, 128), "s": (), "v": (130,)}
 NAMES = sorted(TREE)
-MAPS = ["vmap", "pmap", "shard_map", "shard_map_unchecked"]
+SLOW = pytest.mark.slow
+MAPS = [
+    "vmap",
+    "shard_map",
+    pytest.param("pmap", marks=SLOW),
+    pytest.param("shard_map_unchecked", marks=SLOW),
+]
 COMPRESSORS = [QSGD(), TernGrad(), EFSign(), TopK(0.1), PowerSGD(2)]
 OPTIONS = [
-    QSGD(levels=1, bucket=64, norm="l2"),
-    QSGD(levels=100, bucket=100),
-    TernGrad(clip=None, transport="two_phase"),
+    pytest.param(compressor, marks=SLOW, id=repr(compressor))
+    for compressor in (
+        QSGD(levels=1, bucket=64, norm="l2"),
+        QSGD(levels=100, bucket=100),
+        TernGrad(clip=None, transport="two_phase"),
+    )
 ]
 
 
@@ -110,7 +119,7 @@ def first_q(compressor):
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS + OPTIONS, ids=repr)
-@pytest.mark.parametrize("how", ["vmap", "shard_map"])
+@pytest.mark.parametrize("how", MAPS[:2])
 def test_equals_the_reference(compressor, how):
     grads = draw(3)
     grads[1]["a"][2, 0, 0] = np.nan  # worker 2 sits round 1 out
@@ -129,7 +138,7 @@ def test_equals_the_reference(compressor, how):
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
-@pytest.mark.parametrize("how", ["pmap", "shard_map_unchecked"])
+@pytest.mark.parametrize("how", MAPS[2:])
 def test_every_map_gives_the_same(compressor, how):
     grads = draw(2)
     want = rounds_of(compressed_average(compressor), grads)
@@ -250,7 +259,7 @@ def test_leaves_of_nearly_equal_numbers_are_not_clipped_away():
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS + OPTIONS, ids=repr)
-@pytest.mark.parametrize("size", [1e19, 1e37])
+@pytest.mark.parametrize("size", [pytest.param(1e19, marks=SLOW), 1e37])
 def test_a_huge_gradient_is_not_remembered(compressor, size):
     """Finite, but its square may not be, nor its sum: later rounds must not suffer."""
     first, *rest = draw(4)
@@ -359,7 +368,7 @@ def test_bytes_of_dgc_are_those_of_its_density():
 # A whole train step, with an optimizer whose state all workers share.
 
 
-@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("check", [True, pytest.param(False, marks=SLOW)])
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
 def test_trains_and_replicas_agree(compressor, check):
     mesh = dl.worker_mesh(8)

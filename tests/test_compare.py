@@ -57,10 +57,9 @@ def in_a_mesh(train, task, method, n, seed, rate, decay):
     return losses
 
 
-SLOW = ("AdamW", "EF-signSGD", "TernGrad", "DGC", "PowerSGD")
+SLOW = ("AdamW", "QSGD + AdamW", "EF-signSGD", "TernGrad", "DGC", "PowerSGD")
 METHODS = (
     "D-Lion majority",
-    "QSGD + AdamW",
     *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
 )
 

@@ -13,7 +13,7 @@ from tests.helpers import B1, B2, gradients, map_workers, shapes_to_params, stac
 
 TREE = {"a": (3, 5), "rows": (16, 128)}
 NAMES = sorted(TREE)
-MAPS = ["vmap", "pmap", "shard_map", "shard_map_unchecked"]
+MAPS = ["vmap", "pmap", "shard_map", pytest.param("shard_map_unchecked", marks=pytest.mark.slow)]
 N = 4
 
 
