@@ -151,12 +151,14 @@ METHODS: dict[str, Method] = {
     "QSGD + AdamW": _compressed(QSGD(), "adamw"),
     "TernGrad + AdamW": _compressed(TernGrad(), "adamw"),
     "PowerSGD + AdamW": _compressed(PowerSGD(2), "adamw"),
-    # A wire of 16 bits.
+    # Other ranks and wires, which are not in the default comparison.
+    "PowerSGD rank 1": _compressed(PowerSGD(1), "sgdm"),
+    "PowerSGD rank 1 + AdamW": _compressed(PowerSGD(1), "adamw"),
     "Lion bf16": _dense("lion", "bf16"),
     "AdamW bf16": _dense("adamw", "bf16"),
     "SGD momentum bf16": _dense("sgdm", "bf16"),
 }
-DEFAULT = tuple(name for name in METHODS if not name.endswith("bf16"))
+DEFAULT = tuple(name for name in METHODS if "bf16" not in name and "rank" not in name)
 # For workers with unlike data.
 _NOISY = _vote(dl.distributed_lion, 3e-3, 0.1, noise=2.0)
 METHODS |= {

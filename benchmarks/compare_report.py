@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 
 Row = dict[str, Any]
 BASE = "Lion"  # what differences are taken to, seed by seed
+VOTE = "D-Lion majority"  # whose loss the others are followed to
 COLOURS = {"vote": "Blues", "full precision": "Greys", "compressed": "Oranges"}
 MARKERS = "os^Dv<>Pp*Xhd"
 
@@ -101,6 +102,24 @@ def differences(found: dict[tuple[str, int], dict[int, Row]], task: str) -> str:
 
     rows = ([name, *(cell(name, n) for n in ns)] for name in _names(found) if name != BASE)
     return _table([f"less {BASE}", *(f"n = {n}" for n in ns)], rows)
+
+
+def equal_loss(found: dict[tuple[str, int], dict[int, Row]]) -> str:
+    """Share of the steps after which a method's training loss is what a vote's is at the end."""
+    ns = sorted({n for _, n in found if (VOTE, n) in found})
+
+    def curve(name: str, n: int) -> np.ndarray:
+        return np.mean([row["curve"] for row in found[name, n].values()], axis=0)
+
+    def cell(name: str, n: int) -> str:
+        if (name, n) not in found:
+            return "not run"
+        mine = curve(name, n)
+        reached = np.flatnonzero(mine <= curve(VOTE, n)[-1])
+        return f"{(reached[0] + 1) / len(mine):.2f}" if len(reached) else "never"
+
+    rows = ([name, *(cell(name, n) for n in ns)] for name in _names(found))
+    return _table([f"to {VOTE}'s loss", *(f"n = {n}" for n in ns)], rows)
 
 
 def _styles(names: list[str]) -> dict[str, dict[str, Any]]:
@@ -198,6 +217,7 @@ def write(rows: list[Row], out: Path) -> str:
             + f": mean ± standard deviation. {versions}.",
             qualities(found, task),
             f"Paired by seed:\n\n{differences(found, task)}",
+            f"Share of the steps to the same training loss:\n\n{equal_loss(found)}",
         ]
         plots(found, task, out, task if split == "iid" else f"{task}_{split}")
     text = "\n\n".join(parts) or "no runs yet"
