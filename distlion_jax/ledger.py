@@ -98,26 +98,23 @@ def psum_dtype(n: int, rules: Rules) -> str:
 
 def _collectives(layout: Layout, n: int, rules: Rules, transport: str) -> tuple[Collective, ...]:
     columns = BLOCK + rules.present_columns
-    # The root mean squares that noise is measured by, and of how many workers they are.
-    scales = Collective("all-reduce", "f32", len(layout.leaves) + 1, n)
-    before = (scales,) if rules.noise else ()
 
     def phase(op: str, words: int, rows: int = 1) -> tuple[Collective, ...]:
         return tuple(Collective(op, "u32", rows * piece, n) for piece in rules.pieces(words))
 
     if transport == "all_gather":
-        return (*before, *phase("all-gather", layout.groups * columns + HEADER))
+        return phase("all-gather", layout.groups * columns + HEADER)
     if transport == "two_phase":
         groups = slice_groups(layout, n)
         verdict = groups * sum(rules.verdict_columns(n)) + VERDICT_HEADER
         down = verdict + health_words(rules, len(layout.leaves))
         ballots = phase("all-to-all", groups * columns + HEADER, n)
-        return (*before, *ballots, *phase("all-gather", down))
+        return ballots + phase("all-gather", down)
     elements = layout.groups * PLANES * columns
     votes = Collective("all-reduce", psum_dtype(n, rules), elements, n)
     if (rules.aggregation, rules.ties, rules.health) == ("majority", "zero", "off"):
-        return (*before, votes)  # nobody reads the voters, their weight or the step: XLA drops them
-    return (*before, votes, Collective("all-reduce", "s32", 3, n))
+        return (votes,)  # nobody reads the voters, their weight or the step: XLA drops them
+    return (votes, Collective("all-reduce", "s32", 3, n))
 
 
 def cost(layout: Layout, n: int, rules: Rules) -> WireCost:
@@ -126,7 +123,10 @@ def cost(layout: Layout, n: int, rules: Rules) -> WireCost:
         raise ValueError(f"`n` (workers) must be at least 1; got {n}.")
     rules = rules.for_workers(n)
     names = ("all_gather", "two_phase") if rules.transport == "auto" else (rules.transport,)
-    costs = [WireCost(t, layout.size, _collectives(layout, n, rules, t)) for t in names]
+    # The root mean squares that noise is measured by, and of how many workers they are.
+    scales = Collective("all-reduce", "f32", len(layout.leaves) + 1, n)
+    before = (scales,) if rules.noise else ()
+    costs = [WireCost(t, layout.size, before + _collectives(layout, n, rules, t)) for t in names]
     return min(costs, key=lambda c: c.bytes_received)
 
 

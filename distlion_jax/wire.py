@@ -91,17 +91,18 @@ def frame(arrays: Sequence[Array], rows: int) -> Array:
 
 def unframe(frame: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
     """The inverse: ``[rows, words]`` to arrays ``[rows, *shape]``."""
-    parts = _split(frame, [int(np.prod(shape)) for shape in shapes], 1)
+    parts = split(frame, [int(np.prod(shape)) for shape in shapes], 1)
     return [x.reshape(x.shape[0], *shape) for x, shape in zip(parts, shapes, strict=True)]
 
 
-def _split(x: Array, pieces: Sequence[int], axis: int) -> list[Array]:
+def split(x: Array, pieces: Sequence[int], axis: int = 0) -> list[Array]:
+    """``x`` in pieces of these sizes along an axis."""
     return jnp.split(x, np.cumsum(pieces)[:-1].tolist(), axis)
 
 
 def gather(x: Array, axis_name: AxisName, pieces: Sequence[int]) -> Array:
     """All workers' ``x[words]``, stacked: an all-gather a piece; JAX knows it to be replicated."""
-    parts = [_gather(part, axis_name) for part in _split(x, pieces, 0)]
+    parts = [_gather(part, axis_name) for part in split(x, pieces, 0)]
     return jnp.concatenate(parts, axis=1)
 
 
@@ -121,7 +122,7 @@ def scatter(x: Array, axis_name: AxisName, pieces: Sequence[int]) -> Array:
 
     An all-to-all a piece of each row.
     """
-    parts = _split(vary(x, axis_name), pieces, 1)
+    parts = split(vary(x, axis_name), pieces, 1)
     return jnp.concatenate([lax.all_to_all(part, axis_name, 0, 0) for part in parts], axis=1)
 
 

@@ -17,7 +17,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
 from jax.typing import ArrayLike
@@ -125,11 +124,6 @@ def to_words(x: Array) -> Array:
 def to_floats(words: Array) -> Array:
     """``uint32[...]`` as float32 of the same shape, bit for bit."""
     return jax.lax.bitcast_convert_type(words, jnp.float32)
-
-
-def split(flat: Array, sizes: Sequence[int]) -> list[Array]:
-    """A vector in pieces of these sizes."""
-    return jnp.split(flat, np.cumsum(sizes)[:-1].tolist())
 
 
 class CompressedAverageState(NamedTuple):

@@ -6,8 +6,8 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array
 
-from distlion_jax import ballot, words
-from distlion_jax.baselines.compress import Gathered, Leaves, Round, split, to_floats, to_words
+from distlion_jax import ballot, wire, words
+from distlion_jax.baselines.compress import Gathered, Leaves, Round, to_floats, to_words
 from distlion_jax.rules import Rules
 from distlion_jax.words import BLOCK, Layout
 
@@ -60,7 +60,7 @@ class EFSign(Gathered):
     def decode(self, message: Array, layout: Layout) -> Leaves:
         """Signs times scales."""
         sizes = [layout.groups * BLOCK, layout.groups, len(layout.leaves)]
-        votes, present, scales = split(message, sizes)
+        votes, present, scales = wire.split(message, sizes)
         planes = [votes.reshape(-1, BLOCK), present.reshape(-1, 1)]
         signs = words.unpack(
             layout, lambda up, live: (2 * up - 1) * live, planes, [jnp.float32] * len(layout.leaves)

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from distlion_jax import wire
-from distlion_jax.baselines.compress import Compressor, Leaves, Round, split
+from distlion_jax.baselines.compress import Compressor, Leaves, Round
 from distlion_jax.ledger import Collective
 from distlion_jax.rules import check_static
 from distlion_jax.words import Layout
@@ -97,7 +97,7 @@ class PowerSGD(Compressor):
                 return []
             flat = jnp.concatenate([x.reshape(-1) for x in arrays])
             flat = wire.total(jnp.where(round_.weight > 0, flat, 0), round_.axis_name) / workers
-            parts = split(flat, [x.size for x in arrays])
+            parts = wire.split(flat, [x.size for x in arrays])
             return [part.reshape(x.shape) for part, x in zip(parts, arrays, strict=True)]
 
         products = [m @ q for m, q in zip(matrices, memory, strict=True)]

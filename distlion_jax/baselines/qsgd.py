@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from distlion_jax import words
-from distlion_jax.baselines.compress import Gathered, Leaves, Round, split, to_floats, to_words
+from distlion_jax import wire, words
+from distlion_jax.baselines.compress import Gathered, Leaves, Round, to_floats, to_words
 from distlion_jax.rules import check_choice, check_static
 from distlion_jax.words import BLOCK, Layout
 
@@ -122,7 +122,7 @@ class QSGD(Gathered):
     def decode(self, message: Array, layout: Layout) -> Leaves:
         """Unpacks and scales."""
         plane = layout.groups * BLOCK
-        *planes, norms = split(message, [plane] * self.planes + [sum(self._buckets(layout))])
+        *planes, norms = wire.split(message, [plane] * self.planes + [sum(self._buckets(layout))])
         bits = [x.reshape(layout.groups, BLOCK) for x in planes]
 
         def value(*bits: Array) -> Array:
@@ -130,6 +130,6 @@ class QSGD(Gathered):
             return level * (1 - 2 * bits[-1])
 
         levels = words.unpack(layout, value, bits, [jnp.float32] * len(layout.leaves))
-        scales = split(to_floats(norms) / self.levels, self._buckets(layout))
+        scales = wire.split(to_floats(norms) / self.levels, self._buckets(layout))
         pairs = zip(levels, scales, strict=True)
         return [level * self._spread(scale, level.shape) for level, scale in pairs]

@@ -20,7 +20,6 @@ from distlion_jax.baselines.compress import (
     as_updates,
     enter,
     keep,
-    split,
     to_floats,
     to_words,
 )
@@ -87,7 +86,10 @@ class TopK(Gathered):
         values, places = jnp.split(message, 2)
         sizes = self._sent(layout)
         rows = zip(
-            layout.leaves, split(to_floats(values), sizes), split(places, sizes), strict=True
+            layout.leaves,
+            wire.split(to_floats(values), sizes),
+            wire.split(places, sizes),
+            strict=True,
         )
         return [
             jnp.zeros(leaf.size, jnp.float32).at[at].set(x).reshape(leaf.shape)
