@@ -148,16 +148,16 @@ def _plot_speed(rows: list[Row], folder: Path) -> None:
 def _plot_bytes(rows: list[Row], folder: Path) -> None:
     """Counted bytes against the ledger's."""
     counted = [r for r in rows if r["received"] and r["predicted"]]
-    figure, ax = plt.subplots(figsize=(4.6, 4.2), layout="constrained")
-    for name in dict.fromkeys(r["method"] for r in counted):
+    figure, ax = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    for i, name in enumerate(dict.fromkeys(r["method"] for r in counted)):
         x = [r["predicted"] / 1e6 for r in counted if r["method"] == name]
         y = [r["received"] / 1e6 for r in counted if r["method"] == name]
-        ax.plot(x, y, "o", label=name, alpha=0.6)
+        ax.plot(x, y, "os^"[i // 10 % 3], label=name, alpha=0.6)  # ten colours
     ends = [min(r["predicted"] for r in counted) / 1e6, max(r["received"] for r in counted) / 1e6]
     ax.plot(ends, ends, color="black", linewidth=0.8)
     ax.set(xscale="log", yscale="log", xlabel="MB received a step, by the ledger",
            ylabel="MB received a step, by the interface")  # fmt: skip
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(folder / "bytes.png", dpi=140)
     plt.close(figure)
 
