@@ -133,20 +133,14 @@ def nearby(best: Place, seen: dict[Place, float]) -> Place:
 
 def search(
     split: str, method: str, workers: int, budget: int, scores: dict[Place, float]
-) -> Iterator[Job]:
-    """The trials of a method; the caller notes the badness of each under its place."""
+) -> Iterator[tuple[Place, Job]]:
+    """The trials of a method and their places, under which the caller notes how bad each was."""
     place: Place = (0.0, 0.0)
     for _ in range(budget):
         start = METHODS[method]
-        yield Job(
-            "trial",
-            split,
-            method,
-            workers,
-            SEARCH_SEED,
-            start.learning_rate * LEARNING_RATE_STEP ** place[0],
-            start.weight_decay * WEIGHT_DECAY_STEP ** place[1],
-        )
+        rate = start.learning_rate * LEARNING_RATE_STEP ** place[0]
+        decay = start.weight_decay * WEIGHT_DECAY_STEP ** place[1]
+        yield place, Job("trial", split, method, workers, SEARCH_SEED, rate, decay)
         place = nearby(min(scores, key=lambda p: (scores[p], p)), scores)
 
 
@@ -207,7 +201,7 @@ class Comparison:
             "accuracy": result.accuracy,
             "curve": binned(result.losses, 50),
             "seconds": result.seconds,
-            "parameters": result.parameters,
+            "parameters": cost.parameters,
             "bytes": cost.bytes_received,
             "bits": cost.bits_per_parameter,
             "versions": versions(),
@@ -219,13 +213,10 @@ class Comparison:
         """The best trial of a method."""
         scores: dict[Place, float] = {}
         rows = []
-        start = METHODS[method]
-        for job in search(split, method, self.args.search_workers, self.args.budget, scores):
-            row = self.do(job)
-            i = math.log(job.learning_rate / start.learning_rate, LEARNING_RATE_STEP)
-            j = math.log(job.weight_decay / start.weight_decay, WEIGHT_DECAY_STEP)
-            scores[round(4 * i) / 4, round(4 * j) / 4] = badness(row)
-            rows.append(row)
+        trials = search(split, method, self.args.search_workers, self.args.budget, scores)
+        for place, job in trials:
+            rows.append(self.do(job))
+            scores[place] = badness(rows[-1])
         return min(rows, key=badness)
 
     def run(self) -> None:

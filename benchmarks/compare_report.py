@@ -36,10 +36,10 @@ def unit(task: str) -> str:
 
 
 def runs(rows: Iterable[Row], task: str, split: str) -> dict[tuple[str, int], dict[int, Row]]:
-    """Rows of the final runs of a task and split: by method and workers, then by seed."""
+    """The runs of a task and split: by method and workers, then by seed."""
     out: dict[tuple[str, int], dict[int, Row]] = {}
     for row in rows:
-        if (row["kind"], row["task"], row["split"]) == ("run", task, split):
+        if (row["task"], row["split"]) == (task, split):
             out.setdefault((row["method"], row["workers"]), {})[row["seed"]] = row
     return out
 

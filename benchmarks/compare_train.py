@@ -55,7 +55,6 @@ class Result(NamedTuple):
     loss: float  # held out, nats; nan if it diverged
     accuracy: float  # held out; likewise
     seconds: float  # of training, compiling left out after the first run
-    parameters: int
 
 
 def make_task(name: str, size: dict[str, Any], folder: Path | None = None) -> Task:
@@ -179,8 +178,7 @@ class Trainer:
         loss, accuracy = self.task.evaluate[kind](params)
         if not np.isfinite(loss):
             loss = accuracy = float("nan")  # the first label is the largest of nothing
-        size = sum(x.size for x in jax.tree.leaves(params))
-        return Result(losses, loss, accuracy, seconds, size)
+        return Result(losses, loss, accuracy, seconds)
 
     def cost(self) -> dl.WireCost:
         """Of one step."""

@@ -63,9 +63,5 @@ def draw(
     """
     amplitudes = _amplitudes(noise, gradients, mu, b1, weight, axis_name)
     stream = jnp.asarray(worker + 1).astype(jnp.uint32) | np.uint32(0x80000000)  # not the coins'
-    out, first = [], 0
-    for g, amplitude in zip(gradients, amplitudes, strict=True):
-        uniform = words.uniforms(step, stream, first, g.size).reshape(g.shape)
-        out.append((2.0 * uniform - 1.0) * amplitude)
-        first += g.size
-    return out
+    uniforms = words.uniforms(step, stream, [g.shape for g in gradients])
+    return [(2.0 * u - 1.0) * a for u, a in zip(uniforms, amplitudes, strict=True)]

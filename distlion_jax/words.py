@@ -224,7 +224,13 @@ def coins(step: Array, stream: Array | int, first_group: Array | int, groups: in
     return mix((word + first) ^ _seed(step, stream))
 
 
-def uniforms(step: Array, stream: Array | int, first: int, size: int) -> Array:
-    """``float32[size]`` in [0, 1): random numbers of (step, coordinate, stream), as the coins."""
-    index = jnp.arange(size, dtype=jnp.uint32) + np.uint32(first & 0xFFFFFFFF)
-    return (mix(index ^ _seed(step, stream)) >> np.uint32(8)).astype(jnp.float32) * 2.0**-24
+def uniforms(step: Array, stream: Array | int, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
+    """Numbers in [0, 1) of (step, coordinate, stream), as the coins: float32, an array a leaf."""
+    out, first = [], 0
+    for shape in shapes:
+        size = int(np.prod(shape, dtype=np.int64))
+        index = jnp.arange(size, dtype=jnp.uint32) + np.uint32(first & 0xFFFFFFFF)
+        bits = mix(index ^ _seed(step, stream)) >> np.uint32(8)
+        out.append((bits.astype(jnp.float32) * 2.0**-24).reshape(shape))
+        first += size
+    return out

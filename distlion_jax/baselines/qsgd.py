@@ -96,18 +96,15 @@ class QSGD(Gathered):
         """Level, and the sign in the bit above it, as uint16."""
         norm = self._spread(norms, x.shape)
         share = jnp.where(norm > 0, jnp.abs(x) / jnp.where(norm > 0, norm, 1), 0)
-        level = jnp.floor(share * self.levels + uniform.reshape(x.shape))
+        level = jnp.floor(share * self.levels + uniform)
         level = jnp.minimum(level, self.levels).astype(jnp.uint16)
         return level | ((x < 0).astype(jnp.uint16) << np.uint16(self.planes - 1))
 
     def encode(self, leaves: Leaves, layout: Layout, round_: Round) -> list[Array]:
         """Quantises and packs."""
         norms = [self._norms(x) for x in leaves]
-        codes, first = [], 0
-        for x, norm in zip(leaves, norms, strict=True):
-            uniform = words.uniforms(round_.step, round_.worker + 1, first, x.size)
-            codes.append(self._code(x, norm, uniform))
-            first += x.size
+        uniforms = words.uniforms(round_.step, round_.worker + 1, [x.shape for x in leaves])
+        codes = [self._code(*three) for three in zip(leaves, norms, uniforms, strict=True)]
         planes: list[Array] = []
         for k in range(0, self.planes, 2):
             shift = np.uint16(k)

@@ -81,11 +81,8 @@ class TernGrad(Compressor):
             positive = (lives & (x > 0)).astype(jnp.uint16)
             return positive | (lives.astype(jnp.uint16) << np.uint16(8))
 
-        thresholds, first = [], 0
-        for x, scale in zip(leaves, scales, strict=True):
-            uniform = words.uniforms(round_.step, round_.worker + 1, first, x.size)
-            thresholds.append((uniform * scale).reshape(x.shape))
-            first += x.size
+        uniforms = words.uniforms(round_.step, round_.worker + 1, [x.shape for x in leaves])
+        thresholds = [u * scale for u, scale in zip(uniforms, scales, strict=True)]
         votes, present = words.pack(layout, code, leaves, thresholds)
         present = jnp.where(round_.weight > 0, present, np.uint32(0))
         ballot = Ballot(votes, present, round_.weight)
