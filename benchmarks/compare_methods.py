@@ -5,11 +5,13 @@ A transformation is made of a learning rate and a weight decay, which may be tra
 program serves the whole search.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
+from constant_votes import constant_vote
 
 import distlion_jax as dl
 from distlion_jax.baselines import (
@@ -37,7 +39,7 @@ class Method(NamedTuple):
     cost: Callable[[Any, int], dl.WireCost]  # of parameters and workers
     learning_rate: float  # where its search begins
     weight_decay: float
-    group: str  # for plots
+    group: str  # "vote", "constants", "full precision" or "compressed": a hue each
 
 
 def warmup_cosine(peak: Any, steps: int) -> Callable[[Any], Any]:
@@ -57,34 +59,40 @@ def _decoupled(direction: optax.GradientTransformation, rate: Any, decay: Any) -
     )
 
 
-DIRECTIONS: dict[str, Callable[[], optax.GradientTransformation]] = {
-    "lion": lambda: optax.scale_by_lion(0.9, 0.99),
-    "adamw": optax.scale_by_adam,
-    "sgdm": lambda: optax.trace(0.9),
-    "sgd": optax.identity,
-}
-RATES = {"lion": 1e-3, "adamw": 3e-3, "sgdm": 3e-2, "sgd": 0.3}
-DECAYS = {"lion": 0.1, "adamw": 0.03, "sgdm": 1e-3, "sgd": 1e-3}
+class Optimizer(NamedTuple):
+    """What follows an average of gradients."""
+
+    direction: Callable[[], optax.GradientTransformation]
+    learning_rate: float  # where searches begin
+    weight_decay: float
 
 
-def _after(average: Callable[[int], Any], name: str, cost: Any, group: str) -> Method:
+ADAMW = Optimizer(optax.scale_by_adam, 3e-3, 0.03)
+SGDM = Optimizer(lambda: optax.trace(0.9), 3e-2, 1e-3)
+SGD = Optimizer(optax.identity, 0.3, 1e-3)
+
+
+def _after(average: Callable[[int], Any], optimizer: Optimizer, cost: Any, group: str) -> Method:
     """An ordinary optimizer on an average over the workers."""
 
     def make(rate: Any, decay: Any, steps: int) -> Any:
-        optimizer = _decoupled(DIRECTIONS[name](), rate, decay)
-        return optax.chain(average(steps), dl.replicated(optimizer))
+        after = _decoupled(optimizer.direction(), rate, decay)
+        return optax.chain(average(steps), dl.replicated(after))
 
-    return Method(make, cost, RATES[name], DECAYS[name], group)
+    return Method(make, cost, optimizer.learning_rate, optimizer.weight_decay, group)
 
 
-def _dense(name: str, dtype: str = "f32") -> Method:
+def _dense(optimizer: Optimizer, dtype: str = "f32") -> Method:
     wire = {"f32": None, "bf16": jnp.bfloat16}[dtype]
     cost = lambda params, n: dl.full_precision_cost(params, n, dtype)  # noqa: E731
-    return _after(lambda _: dl.average_gradients(wire_dtype=wire), name, cost, "full precision")
+    average = lambda _: dl.average_gradients(wire_dtype=wire)  # noqa: E731
+    return _after(average, optimizer, cost, "full precision")
 
 
-def _compressed(compressor: Compressor, name: str) -> Method:
-    return _after(lambda _: compressed_average(compressor), name, compressor.cost, "compressed")
+def _compressed(compressor: Compressor, optimizer: Optimizer) -> Method:
+    return _after(
+        lambda _: compressed_average(compressor), optimizer, compressor.cost, "compressed"
+    )
 
 
 # Four stages of falling density in the first fifth of the steps, as DGC's authors do by epochs.
@@ -117,6 +125,17 @@ def _vote(make: Callable[..., Any], rate: float, decay: float, **options: Any) -
     return Method(build, cost, rate, decay, "vote")
 
 
+def _constant(zero: int, tie: int, b1: float = 0.9, b2: float = 0.99) -> Method:
+    """A vote as others do it; the cost is of bits, which some of them spread over bytes."""
+
+    def build(schedule: Any, weight_decay: Any, steps: int) -> Any:
+        del steps
+        return constant_vote(schedule, b1, b2, weight_decay, zero=zero, tie=tie)
+
+    cost = lambda params, n: dl.wire_cost(params, n, ties="coin")  # noqa: E731
+    return Method(build, cost, 1e-3, 0.1, "constants")
+
+
 def _synchronized(vote: Method, every: int) -> Method:
     """A vote whose momenta are averaged now and then; bits of the average are spread out."""
 
@@ -132,33 +151,53 @@ def _synchronized(vote: Method, every: int) -> Method:
     return vote._replace(make=build, cost=cost)
 
 
+def lion_family(b1: float = 0.9, b2: float = 0.99) -> dict[str, Method]:
+    """Lion and its votes, ties broken in three ways."""
+    vote = functools.partial(dl.distributed_lion, b1=b1, b2=b2)
+    return {
+        "Lion": _dense(Optimizer(lambda: optax.scale_by_lion(b1, b2), 1e-3, 0.1)),
+        "D-Lion majority": _vote(vote, 1e-3, 0.1),
+        "D-Lion majority, coin": _vote(vote, 1e-3, 0.1, ties="coin"),
+        "ties -1": _constant(0, -1, b1, b2),
+        "D-Lion average": _vote(vote, 2e-3, 0.05, aggregation="average"),
+    }
+
+
+LION = lion_family()
 METHODS: dict[str, Method] = {
-    "D-Lion majority": _vote(dl.distributed_lion, 1e-3, 0.1),
-    "D-Lion average": _vote(dl.distributed_lion, 2e-3, 0.05, aggregation="average"),
+    "D-Lion majority": LION["D-Lion majority"],
+    "D-Lion average": LION["D-Lion average"],
     "D-SIGNUM majority": _vote(distributed_signum, 1e-3, 0.1),
     "D-SIGNUM average": _vote(distributed_signum, 2e-3, 0.05, aggregation="average"),
     "signSGD majority": _vote(sign_sgd, 1e-3, 0.1),
-    "Lion": _dense("lion"),
-    "AdamW": _dense("adamw"),
-    "SGD momentum": _dense("sgdm"),
-    "EF-signSGD": _compressed(EFSign(), "sgd"),
-    "QSGD": _compressed(QSGD(), "sgdm"),
-    "TernGrad": _compressed(TernGrad(), "sgdm"),
-    "GradDrop": _compressed(TopK(DENSITY), "sgd"),
-    "DGC": _after(_dgc, "sgd", _dgc_cost, "compressed"),
-    "PowerSGD": _compressed(PowerSGD(2), "sgdm"),
+    "Lion": LION["Lion"],
+    "AdamW": _dense(ADAMW),
+    "SGD momentum": _dense(SGDM),
+    "EF-signSGD": _compressed(EFSign(), SGD),
+    "QSGD": _compressed(QSGD(), SGDM),
+    "TernGrad": _compressed(TernGrad(), SGDM),
+    "GradDrop": _compressed(TopK(DENSITY), SGD),
+    "DGC": _after(_dgc, SGD, _dgc_cost, "compressed"),
+    "PowerSGD": _compressed(PowerSGD(2), SGDM),
     # The same compressors before the optimizer that transformers are trained with.
-    "QSGD + AdamW": _compressed(QSGD(), "adamw"),
-    "TernGrad + AdamW": _compressed(TernGrad(), "adamw"),
-    "PowerSGD + AdamW": _compressed(PowerSGD(2), "adamw"),
+    "QSGD + AdamW": _compressed(QSGD(), ADAMW),
+    "TernGrad + AdamW": _compressed(TernGrad(), ADAMW),
+    "PowerSGD + AdamW": _compressed(PowerSGD(2), ADAMW),
     # Other ranks and wires, which are not in the default comparison.
-    "PowerSGD rank 1": _compressed(PowerSGD(1), "sgdm"),
-    "PowerSGD rank 1 + AdamW": _compressed(PowerSGD(1), "adamw"),
-    "Lion bf16": _dense("lion", "bf16"),
-    "AdamW bf16": _dense("adamw", "bf16"),
-    "SGD momentum bf16": _dense("sgdm", "bf16"),
+    "PowerSGD rank 1": _compressed(PowerSGD(1), SGDM),
+    "PowerSGD rank 1 + AdamW": _compressed(PowerSGD(1), ADAMW),
+    "Lion bf16": _dense(Optimizer(optax.scale_by_lion, 1e-3, 0.1), "bf16"),
+    "AdamW bf16": _dense(ADAMW, "bf16"),
+    "SGD momentum bf16": _dense(SGDM, "bf16"),
 }
 DEFAULT = tuple(name for name in METHODS if "bf16" not in name and "rank" not in name)
+# What zeros and ties do elsewhere.
+METHODS |= {
+    "D-Lion majority, coin": LION["D-Lion majority, coin"],
+    "ties -1": LION["ties -1"],
+    "ties and zeros -1": _constant(-1, -1),
+    "ties and zeros +1": _constant(1, 1),
+}
 # For workers with unlike data.
 _NOISY = _vote(dl.distributed_lion, 3e-3, 0.1, noise=2.0)
 METHODS |= {

@@ -21,7 +21,12 @@ import matplotlib.pyplot as plt
 Row = dict[str, Any]
 BASE = "Lion"  # what differences are taken to, seed by seed
 VOTE = "D-Lion majority"  # whose loss the others are followed to
-COLOURS = {"vote": "Blues", "full precision": "Greys", "compressed": "Oranges"}
+COLOURS = {
+    "vote": "Blues",
+    "constants": "Greens",
+    "full precision": "Greys",
+    "compressed": "Oranges",
+}
 MARKERS = "os^Dv<>Pp*Xhd"
 
 

@@ -22,7 +22,7 @@ import partition
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 import models
 import sources
-from compare_methods import METHODS, warmup_cosine
+from compare_methods import Method, warmup_cosine
 from config import CORPUS
 
 import distlion_jax as dl
@@ -105,10 +105,10 @@ def split_rows(data: sources.Data, split: str, n: int, seed: int) -> list[np.nda
 class Trainer:
     """Compiles the steps of one method and number of workers once, for any seed and rates."""
 
-    def __init__(self, task: Task, method: str, n: int) -> None:
+    def __init__(self, task: Task, method: Method, n: int) -> None:
         self.task, self.n = task, n
         self.loss = models.make_loss(task.model)
-        self.method = METHODS[method]
+        self.method = method
         self.chunk = jax.jit(self._chunk, donate_argnums=(2, 3))
 
     def _tx(self, rate: Any, decay: Any) -> Any:

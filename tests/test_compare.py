@@ -35,14 +35,18 @@ def compare(monkeypatch):
 
 
 @pytest.fixture
+def methods(monkeypatch):
+    return load(monkeypatch, "compare_methods").METHODS
+
+
+@pytest.fixture
 def task(train):
     return train.make_task("text", SIZE)
 
 
-def in_a_mesh(train, task, method, n, seed, rate, decay):
+def in_a_mesh(train, chosen, task, n, seed, rate, decay):
     """The same training on n devices, by the package's own train step."""
     mesh = dl.worker_mesh(n)
-    chosen = train.METHODS[method]
     tx = chosen.make(train.warmup_cosine(rate, task.steps), decay, task.steps)
     loss = train.models.make_loss(task.model)
     params = dl.replicate(train.models.initial_params(task.model, task.data, seed), mesh)
@@ -65,22 +69,22 @@ METHODS = (
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_simulated_workers_train_as_devices_do(train, task, method):
+def test_simulated_workers_train_as_devices_do(train, methods, task, method):
     """Up to the rounding of a gradient, which differs between a batch of workers and one."""
-    trainer = train.Trainer(task, method, 4)
+    trainer = train.Trainer(task, methods[method], 4)
     result = trainer.run(7, 1e-2, 0.1)
-    want = in_a_mesh(train, task, method, 4, 7, 1e-2, 0.1)
+    want = in_a_mesh(train, methods[method], task, 4, 7, 1e-2, 0.1)
     np.testing.assert_allclose(result.losses, want, rtol=2e-3)
     assert result.losses[0] != result.losses[-1]
     assert trainer.cost().bytes_received > 0
 
 
 @pytest.mark.slow
-def test_every_method_trains(train):
+def test_every_method_trains(train, methods):
     task = train.make_task("text", SIZE | {"steps": 25})
-    for method, chosen in train.METHODS.items():
+    for method, chosen in methods.items():
         rates = chosen.learning_rate, chosen.weight_decay
-        result = train.Trainer(task, method, 2).run(0, *rates)
+        result = train.Trainer(task, chosen, 2).run(0, *rates)
         assert np.mean(result.losses[-5:]) < result.losses[0], method
 
 
@@ -168,10 +172,10 @@ def test_a_split_that_cannot_be_is_said_at_once(tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_run_that_diverges_is_said_to(train, task, monkeypatch):
+def test_a_run_that_diverges_is_said_to(train, methods, task, monkeypatch):
     report = load(monkeypatch, "compare_report")
     long = task._replace(steps=60)
-    result = train.Trainer(long, "SGD momentum", 2).run(0, 1e9, 1e9)
+    result = train.Trainer(long, methods["SGD momentum"], 2).run(0, 1e9, 1e9)
     assert np.isnan(result.loss)
     assert np.isnan(result.accuracy)
     assert len(result.losses) == 60
@@ -184,7 +188,7 @@ def test_a_run_that_diverges_is_said_to(train, task, monkeypatch):
         (["--methods", "SGD-M"], "invalid choice: 'SGD-M'"),
         (["--workers", "1"], "--workers and --search-workers: at least 2"),
         (["--budget", "0"], "--budget must lie in [1, 24]; got 0"),
-        (["--seeds", "1000"], "not 1000, which the search uses"),
+        (["--seeds", "1000"], "not 1000, which searches use"),
         (["--splits", "0"], "'0' is not iid, groups, or an alpha above 0"),
         (["--steps", "0"], "--steps must be at least 1; got 0"),
     ],
@@ -195,8 +199,8 @@ def test_bad_flags_get_one_clear_line(compare, capsys, flags, message):
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_workers_draw_their_own_rows_only(train, task):
-    trainer = train.Trainer(task, "Lion", 4)
+def test_workers_draw_their_own_rows_only(train, methods, task):
+    trainer = train.Trainer(task, methods["Lion"], 4)
     parts = train.split_rows(task.data, "groups", 4, 0)
     works = [set(task.data.groups[rows]) for rows in parts]
     seen = []
