@@ -16,7 +16,6 @@ comparison goes on where it stopped, and a finished one only reports.
 
 import argparse
 import itertools
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +29,7 @@ from compare_runs import (
     Row,
     Runner,
     add_arguments,
+    badness,
     check_arguments,
     guarded,
     make_task,
@@ -40,12 +40,6 @@ from config import UsageError
 
 LEARNING_RATE_STEP, WEIGHT_DECAY_STEP = 3.0, 4.0  # factors of the search's grid
 Place = tuple[float, float]  # exponents of the two factors
-
-
-def badness(row: Row) -> float:
-    """What the search makes small: the figure that is reported, and infinity where it diverged."""
-    value = -row["accuracy"] if row["task"] == "images" else row["loss"]
-    return value if math.isfinite(value) else math.inf
 
 
 def nearby(best: Place, seen: dict[Place, float]) -> Place:

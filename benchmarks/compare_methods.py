@@ -194,6 +194,7 @@ DEFAULT = tuple(name for name in METHODS if "bf16" not in name and "rank" not in
 # What zeros and ties do elsewhere.
 METHODS |= {
     "D-Lion majority, coin": LION["D-Lion majority, coin"],
+    "D-Lion majority, ternary": _vote(dl.distributed_lion, 1e-3, 0.1, ballot="ternary"),
     "ties -1": LION["ties -1"],
     "ties and zeros -1": _constant(-1, -1),
     "ties and zeros +1": _constant(1, 1),

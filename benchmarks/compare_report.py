@@ -49,6 +49,11 @@ def runs(rows: Iterable[Row], task: str, split: str) -> dict[tuple[str, int], di
     return out
 
 
+def setting(text: str) -> str:
+    """A task's summary on one line."""
+    return " ".join(text.replace("# attributes", "").split())
+
+
 def spread(values: list[float], form: str) -> str:
     """Mean and standard deviation; how many diverged, if any."""
     if diverged := sum(not math.isfinite(x) for x in values):
@@ -58,11 +63,13 @@ def spread(values: list[float], form: str) -> str:
     return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}"
 
 
-def _form(task: str) -> str:
+def figure_form(task: str) -> str:
+    """How :func:`quality` is printed."""
     return ".1f" if task == "images" else ".3f"
 
 
-def _table(head: list[str], body: Iterable[list[str]]) -> str:
+def table(head: list[str], body: Iterable[list[str]]) -> str:
+    """In Markdown."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in body])
 
@@ -84,7 +91,7 @@ def qualities(found: dict[tuple[str, int], dict[int, Row]], task: str) -> str:
 
     def line(name: str) -> list[str]:
         cells = [
-            spread([quality(r) for r in found[name, n].values()], _form(task))
+            spread([quality(r) for r in found[name, n].values()], figure_form(task))
             if (name, n) in found else "not run"
             for n in ns
         ]  # fmt: skip
@@ -93,7 +100,7 @@ def qualities(found: dict[tuple[str, int], dict[int, Row]], task: str) -> str:
         one = next(iter(some.values()))
         return [name, *cells, *bits, f"{one['learning_rate']:.2g}", f"{one['weight_decay']:.2g}"]
 
-    return _table(head, (line(name) for name in _names(found)))
+    return table(head, (line(name) for name in _names(found)))
 
 
 def differences(found: dict[tuple[str, int], dict[int, Row]], task: str) -> str:
@@ -103,10 +110,10 @@ def differences(found: dict[tuple[str, int], dict[int, Row]], task: str) -> str:
     def cell(name: str, n: int) -> str:
         mine, base = found.get((name, n), {}), found.get((BASE, n), {})
         pairs = [quality(mine[s]) - quality(base[s]) for s in mine if s in base]
-        return spread(pairs, "+" + _form(task)).replace("± +", "± ") if pairs else ""
+        return spread(pairs, "+" + figure_form(task)).replace("± +", "± ") if pairs else ""
 
     rows = ([name, *(cell(name, n) for n in ns)] for name in _names(found) if name != BASE)
-    return _table([f"less {BASE}", *(f"n = {n}" for n in ns)], rows)
+    return table([f"less {BASE}", *(f"n = {n}" for n in ns)], rows)
 
 
 def equal_loss(found: dict[tuple[str, int], dict[int, Row]]) -> str:
@@ -124,7 +131,7 @@ def equal_loss(found: dict[tuple[str, int], dict[int, Row]]) -> str:
         return f"{(reached[0] + 1) / len(mine):.2f}" if len(reached) else "never"
 
     rows = ([name, *(cell(name, n) for n in ns)] for name in _names(found))
-    return _table([f"to {VOTE}'s loss", *(f"n = {n}" for n in ns)], rows)
+    return table([f"to {VOTE}'s loss", *(f"n = {n}" for n in ns)], rows)
 
 
 def _styles(names: list[str]) -> dict[str, dict[str, Any]]:
@@ -217,7 +224,7 @@ def write(rows: list[Row], out: Path) -> str:
         versions = ", ".join(f"{k} {v}" for k, v in one["versions"].items())
         parts += [
             f"## {task}, {split}: {unit(task)}",
-            f"{one['parameters']:,} parameters; {one['setting']}. Seeds "
+            f"{one['parameters']:,} parameters; {setting(one['setting'])}. Seeds "
             + ", ".join(map(str, seeds))
             + f": mean ± standard deviation. {versions}.",
             qualities(found, task),

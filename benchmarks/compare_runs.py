@@ -100,6 +100,12 @@ def read(file: Path) -> list[Row]:
     return rows
 
 
+def badness(row: Row) -> float:
+    """To be made small: the figure that is reported, and infinity where it diverged."""
+    value = -row["accuracy"] if row["task"] == "images" else row["loss"]
+    return value if math.isfinite(value) else math.inf
+
+
 def make_task(args: argparse.Namespace, name: str) -> Task:
     """The task of that name at the command line's size."""
     size = dict(SIZES[args.size][name])

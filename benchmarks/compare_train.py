@@ -146,16 +146,18 @@ class Trainer:
         return {k: np.stack([r[k] for r in rows]).reshape(*shape, *rows[0][k].shape[1:])
                 for k in rows[0]}  # fmt: skip
 
-    def run(
+    def train(
         self,
         seed: int,
         rate: float,
         decay: float,
         split: str = "iid",
-        kind: str = "run",
         tell: Callable[[int], Any] = lambda steps: None,
-    ) -> Result:
-        """Trains from the weights and on the batches of a seed; ``tell`` hears of steps done."""
+    ) -> tuple[Any, list[float]]:
+        """Parameters and losses from the weights and on the batches of a seed.
+
+        ``tell`` hears of steps done.
+        """
         parts = split_rows(self.task.data, split, self.n, seed)
         params = models.initial_params(self.task.model, self.task.data, seed)
         state = self._tx(rate, decay).init(params)
@@ -163,7 +165,6 @@ class Trainer:
         rng = np.random.default_rng(seed)
         rates = jnp.float32(rate), jnp.float32(decay)
         losses: list[float] = []
-        began = time.perf_counter()
         while len(losses) < self.task.steps:
             steps = min(CHUNK, self.task.steps - len(losses))
             params, state, some = self.chunk(
@@ -174,6 +175,13 @@ class Trainer:
             if not all(jnp.isfinite(x).all() for x in jax.tree.leaves(params)):  # for good
                 tell(self.task.steps - len(losses))
                 losses += [float("nan")] * (self.task.steps - len(losses))
+        return params, losses
+
+    def run(self, seed: int, rate: float, decay: float, split: str = "iid", kind: str = "run",
+            tell: Callable[[int], Any] = lambda steps: None) -> Result:  # fmt: skip
+        """Trains, as :meth:`train`, and evaluates."""
+        began = time.perf_counter()
+        params, losses = self.train(seed, rate, decay, split, tell)
         seconds = time.perf_counter() - began
         loss, accuracy = self.task.evaluate[kind](params)
         if not np.isfinite(loss):

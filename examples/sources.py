@@ -8,7 +8,7 @@ NumPy only; nothing is downloaded.
 import dataclasses
 import gzip
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ FASHION_MNIST = (  # where Debian's package dataset-fashion-mnist puts it
 )
 
 Batch = dict[str, np.ndarray]  # "x": inputs, "y": labels; rows first
+Pick = Callable[[np.random.Generator, np.ndarray], Batch]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Data:
     per_row: int  # units in a row
     classes: int  # distinct characters, or labels
     groups: np.ndarray  # int, of every training row: its work, or its label
-    pick: Callable[[np.random.Generator, np.ndarray], Batch]  # these training rows
+    pick: Pick  # these training rows
     held_out: Batch
 
     def draw(self, rng: np.random.Generator, n: int) -> Batch:
@@ -59,14 +60,14 @@ def read_corpus(path: Path) -> list[str]:
     return text.split("\f")
 
 
-def load_text(path: Path, eval_rows: int) -> Data:
-    """Windows of a corpus, none across two works; the last tenth of every work is held out."""
-    works = read_corpus(path)
-    characters, ids = np.unique(
-        np.frombuffer("".join(works).encode("utf-32-le"), np.uint32), return_inverse=True
-    )
-    ids = ids.astype(np.int32)
-    ends = np.cumsum([len(work) for work in works])
+def cut(works: Sequence[np.ndarray], eval_rows: int) -> tuple[np.ndarray, Pick, Batch] | None:
+    """Windows of token ids, none across two works; the last tenth of every work is held out.
+
+    Returns:
+      The work of every training window, a function that picks such windows, and so many of the
+      others; None where every work is too short.
+    """
+    ids, ends = np.concatenate(works), np.cumsum([len(work) for work in works])
     cuts = [end - int(HELD_OUT * len(work)) for work, end in zip(works, ends, strict=True)]
     begins = ends - [len(work) for work in works]
     spans = [np.arange(a, b - CONTEXT) for a, b in zip(begins, cuts, strict=True)]
@@ -76,11 +77,7 @@ def load_text(path: Path, eval_rows: int) -> Data:
         [np.arange(a, b - CONTEXT, CONTEXT) for a, b in zip(cuts, ends, strict=True)]
     )
     if not len(starts) or not len(tails):
-        need = int((CONTEXT + 1) / HELD_OUT) + 1
-        raise UsageError(
-            f"--corpus {path} is too short: its longest work has {max(map(len, works)):,} "
-            f"characters; at least {need} are needed"
-        )
+        return None
     # Windows spread evenly over all tails, so that every work counts by its length.
     rows = np.unique(np.linspace(0, len(tails) - 1, eval_rows).astype(int))
 
@@ -92,12 +89,28 @@ def load_text(path: Path, eval_rows: int) -> Data:
         del rng
         return windows(starts[rows])
 
+    return groups, pick, windows(tails[rows])
+
+
+def load_text(path: Path, eval_rows: int) -> Data:
+    """Windows of a corpus's characters."""
+    works = read_corpus(path)
+    codes = [np.frombuffer(work.encode("utf-32-le"), np.uint32) for work in works]
+    characters, ids = np.unique(np.concatenate(codes), return_inverse=True)
+    ends = np.cumsum([len(work) for work in codes])
+    parts = cut(np.split(ids.astype(np.int32), ends[:-1]), eval_rows)
+    if parts is None:
+        need = int((CONTEXT + 1) / HELD_OUT) + 1
+        raise UsageError(
+            f"--corpus {path} is too short: its longest work has {max(map(len, works)):,} "
+            f"characters; at least {need} are needed"
+        )
+    groups, pick, held_out = parts
     description = (
         f"{path.name}: {len(ids):,} characters ({len(characters)} distinct) in {len(works)} "
         f"work{'s' * (len(works) != 1)}; held out: the last {HELD_OUT:.0%} of every work, of which "
-        f"{len(rows):,} windows of {CONTEXT} characters are evaluated"
+        f"{len(held_out['x']):,} windows of {CONTEXT} characters are evaluated"
     )
-    held_out = windows(tails[rows])
     return Data(description, "tokens", CONTEXT, len(characters), groups, pick, held_out)
 
 

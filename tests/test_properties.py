@@ -7,11 +7,12 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distlion_jax import reference, tally, wire_cost, words
+from distlion_jax import distributed_lion, reference, tally, wire_cost, words
 from distlion_jax.ballot import Ballot
 
 BLOCK, PLANES, GROUP = 128, 32, 4096
@@ -254,3 +255,45 @@ def test_auto_is_the_cheaper_transport(n, shapes, rules):
     params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     costs = [wire_cost(params, n, transport=t, **rules) for t in ("all_gather", "two_phase")]
     assert wire_cost(params, n, **rules) == min(costs, key=lambda cost: cost.bytes_received)
+
+
+@functools.partial(jax.jit, static_argnames="aggregation")
+@functools.partial(jax.vmap, axis_name="data", in_axes=(1, None, None, None, None))
+def path(gradients, start, rate, decay, aggregation):
+    """Where one worker's parameters were after each step."""
+    tx = distributed_lion(rate, weight_decay=decay, aggregation=aggregation, health="off")
+
+    def step(carry, g):
+        x, state = carry
+        updates, state = tx.update(g, state, x)
+        x = optax.apply_updates(x, updates)
+        return (x, state), x
+
+    return jax.lax.scan(step, (start, tx.init(start)), gradients)[1]
+
+
+@pytest.mark.parametrize("aggregation", ["majority", "average"])
+@some
+@given(
+    n=st.sampled_from([2, 3, 6]),
+    seed=st.integers(0, 2**16),
+    rate=st.floats(1e-4, 0.5),
+    decay=st.floats(0.05, 2.0),
+    spread=st.floats(0, 12),
+)
+def test_the_box_draws_in_whatever_the_gradients(aggregation, n, seed, rate, decay, spread):
+    """Phase I of the paper's analysis, over any gradients at all.
+
+    ``dist(x_t, box) <= (1 - lr * wd)^(t - s) dist(x_s, box)``, where the box is ``|x| <= 1 / wd``;
+    inside it stays inside. Up to the rounding of one float32 step.
+    """
+    rng = np.random.default_rng(seed)
+    scale = 10.0 ** rng.uniform(-spread, spread, (8, n, 1))
+    gradients = (scale * rng.standard_normal((8, n, 40))).astype(np.float32)
+    start = (rng.standard_normal(40) * 3 / decay).astype(np.float32)
+    after = np.asarray(path(gradients, start, rate, decay, aggregation))[0]
+    points = np.vstack([start, after]).astype(np.float64)
+    distance = np.maximum(np.abs(points) - 1 / decay, 0)
+    rounding = 4 * np.finfo(np.float32).eps * (np.abs(points[:-1]) + 1 / decay)
+    assert (distance[1:] <= (1 - rate * decay) * distance[:-1] + rounding).all()
+    assert (points[1:] != points[:-1]).any()

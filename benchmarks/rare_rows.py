@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What zeros and ties do to rows of an embedding that training rarely or never sees.
+
+    python benchmarks/rare_rows.py
+
+A language model of words with an untied embedding trains under each rule, without weight decay. A
+row whose word does not occur in the batches has a gradient of exactly zero, so that a rule under
+which zeros abstain leaves it where it was, and one under which a zero votes -1 or +1 moves it by
+the sum of the learning rates. Writes rare_rows.json (all figures), rare_rows.md and rare_rows.png.
+"""
+
+import argparse
+import collections
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import compare_train
+import jax
+import jax.numpy as jnp
+import matplotlib as mpl
+import numpy as np
+import optax
+from compare_methods import LION, METHODS, Method
+from compare_report import spread, table
+from compare_runs import guarded, progress, versions
+from compare_train import Task, Trainer, models, sources
+from config import CORPUS
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+RULES: dict[str, Method] = {
+    "D-Lion majority": LION["D-Lion majority"],
+    "D-Lion majority, ternary ballot": METHODS["D-Lion majority, ternary"],
+    "ties and zeros -1": METHODS["ties and zeros -1"],
+    "ties and zeros +1": METHODS["ties and zeros +1"],
+    "Lion, full precision": LION["Lion"],
+}
+SEEN = (0, 1, 3, 10, 30, 100, 1000)  # bounds of the groups of words, by how often they were seen
+TOKEN = re.compile(r"[A-Za-z']+|[^\sA-Za-z']|\n")
+
+
+def words(path: Path, size: int, eval_rows: int) -> sources.Data:
+    """A corpus in words and signs: the most frequent ones by rank, from 1; all others are 0."""
+    works = [TOKEN.findall(work) for work in sources.read_corpus(path)]
+    counts = collections.Counter(token for work in works for token in work)
+    rank = {token: i + 1 for i, (token, _) in enumerate(counts.most_common(size - 1))}
+    ids = [np.array([rank.get(token, 0) for token in work], np.int32) for work in works]
+    parts = sources.cut(ids, eval_rows)
+    if parts is None:
+        raise sources.UsageError(f"--corpus {path} is too short: {sum(map(len, ids)):,} words")
+    groups, pick, held_out = parts
+    description = f"{path.name}: {sum(map(len, ids)):,} words, of which the {size - 1:,} commonest"
+    return sources.Data(description, "words", sources.CONTEXT, size, groups, pick, held_out)
+
+
+def embedding(params: Any) -> np.ndarray:
+    """The rows, float32[words, width]."""
+    return np.asarray(params["Embed_0"]["embedding"], np.float32)
+
+
+def held_out_losses(task: Task, params: Any) -> np.ndarray:
+    """Of every held-out word, float64[windows, context], in nats."""
+
+    @jax.jit
+    def losses(x: Any, y: Any) -> Any:
+        logits: Any = task.model.apply({"params": params}, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y)
+
+    data = task.data.held_out
+    pieces = [losses(x, y) for x, y in zip(data["x"][:, None], data["y"][:, None], strict=True)]
+    return np.asarray(jnp.concatenate(pieces), np.float64)
+
+
+def times_seen(task: Task, n: int, seed: int) -> np.ndarray:
+    """How often each word was an input of any worker in training, int[words]."""
+    rng = np.random.default_rng(seed)
+    batches = [task.data.draw(rng, n * task.batch)["x"] for _ in range(task.steps)]
+    return np.bincount(np.concatenate(batches).ravel(), minlength=task.data.classes)
+
+
+def groups_of(seen: np.ndarray) -> np.ndarray:
+    """The group of each word in SEEN: the last bound that its count reaches."""
+    return np.searchsorted(SEEN, seen, side="right") - 1
+
+
+def measure(task: Task, args: argparse.Namespace, bar: Any) -> list[dict[str, Any]]:
+    """A row a rule and seed: how far rows moved, by group, and held-out losses."""
+    rows = []
+    for name, method in RULES.items():
+        trainer = Trainer(task, method, args.workers)
+        for seed in args.seeds:
+            before = embedding(models.initial_params(task.model, task.data, seed))
+            params, _ = trainer.train(
+                seed, args.learning_rate, 0.0, tell=lambda k: bar.update(k * args.workers)
+            )
+            moved = np.sqrt(np.mean((embedding(params) - before) ** 2, axis=1))
+            seen = times_seen(task, args.workers, seed)
+            losses, inputs = held_out_losses(task, params), task.data.held_out["x"]
+            group = groups_of(seen)
+            rows.append({
+                "rule": name,
+                "seed": seed,
+                "words": [int(np.sum(group == k)) for k in range(len(SEEN))],
+                "moved": [quartiles(moved[group == k]) for k in range(len(SEEN))],
+                "size": float(np.sqrt(np.mean(before**2))),
+                "loss": float(losses.mean()),
+                "loss_after_unseen": float(losses[seen[inputs] == 0].mean()),
+                "unseen_inputs": int(np.sum(seen[inputs] == 0)),
+            })  # fmt: skip
+    return rows
+
+
+def quartiles(values: np.ndarray) -> list[float]:
+    """Quarter, half and three quarters; nan of nothing."""
+    return np.quantile(values, (0.25, 0.5, 0.75)).tolist() if len(values) else [float("nan")] * 3
+
+
+def group_names() -> list[str]:
+    """How often the words of each group were seen."""
+    ends = [*(b - 1 for b in SEEN[1:]), None]
+    return ["never" if a == 0 else f"{a}+" if b is None else str(a) if a == b else f"{a}-{b}"
+            for a, b in zip(SEEN, ends, strict=True)]  # fmt: skip
+
+
+def report(figures: dict[str, Any], out: Path) -> str:
+    """The table and the picture."""
+    rows, total = figures["rows"], figures["learning_rates"]
+    names = list(dict.fromkeys(row["rule"] for row in rows))
+
+    def middle(name: str, group: int) -> np.ndarray:
+        return np.array([row["moved"][group] for row in rows if row["rule"] == name]).mean(0)
+
+    def line(name: str) -> list[str]:
+        mine = [row for row in rows if row["rule"] == name]
+        cells = [f"{middle(name, k)[1] / total:.2f}" for k in (0, 1, 3, 6)]
+        return [name, *cells, *(spread([row[key] for row in mine], ".3f")
+                                for key in ("loss", "loss_after_unseen"))]  # fmt: skip
+
+    labels = group_names()
+    head = ["rule", *(f"moved, seen {labels[k]}" for k in (0, 1, 3, 6)), "held-out loss, nats",
+            "after a word never seen"]  # fmt: skip
+    figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    for k, name in enumerate(names):
+        points = np.array([middle(name, group) for group in range(len(SEEN))])
+        x = np.arange(len(SEEN)) + 0.06 * (k - (len(names) - 1) / 2)
+        errors = np.abs(points[:, [0, 2]] - points[:, [1]]).T
+        axes.errorbar(x, points[:, 1], errors, label=name, marker="o", markersize=4, capsize=2,
+                      linewidth=1)  # fmt: skip
+    axes.axhline(total, color="0.5", linestyle=":", linewidth=1)
+    axes.text(len(SEEN) - 0.6, total, "sum of learning rates", ha="right", va="bottom", fontsize=8)
+    axes.axhline(rows[0]["size"], color="0.5", linestyle="--", linewidth=1)
+    axes.text(len(SEEN) - 0.6, rows[0]["size"], "a row's own size at the start", ha="right",
+              va="bottom", fontsize=8)  # fmt: skip
+    counts = rows[0]["words"]
+    axes.set_xticks(
+        range(len(SEEN)), [f"{a}\n{b:,} words" for a, b in zip(labels, counts, strict=True)]
+    )
+    axes.set_xlabel("times that training saw the word")
+    axes.set_ylabel("how far its row moved (root mean square)")
+    axes.set_title("Rows of an untied embedding: median and quartiles")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(out / "rare_rows.png", dpi=130)
+    plt.close(figure)
+    kinds = ", ".join(f"{k} {v}" for k, v in figures["versions"].items())
+    text = f"{table(head, map(line, names))}\n\n{figures['setting']} {kinds}."
+    (out / "rare_rows.md").write_text(text + "\n")
+    return text
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],  # type: ignore[union-attr]
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument("--corpus", type=Path, default=CORPUS, help="text; form feeds between works")
+    p.add_argument("--vocabulary", type=int, default=8192, help="words, the rest is one")
+    p.add_argument("--steps", type=int, default=300)
+    p.add_argument("--workers", type=int, default=8)
+    p.add_argument("--batch", type=int, default=2, help="windows a worker and step")
+    p.add_argument("--learning-rate", type=float, default=3e-3)
+    p.add_argument("--seeds", nargs="+", type=int, default=[42, 52, 62])
+    p.add_argument("--eval-rows", type=int, default=512)
+    p.add_argument("--out", type=Path, default=Path("runs/rare_rows"))
+    args = p.parse_args(argv)
+    for name in ("vocabulary", "workers", "steps", "batch", "eval_rows"):
+        got, least = getattr(args, name), 2 if name in ("vocabulary", "workers") else 1
+        if got < least:
+            p.error(f"--{name.replace('_', '-')} must be at least {least}; got {got}")
+    return args
+
+
+def run(args: argparse.Namespace) -> str:
+    """Trains under each rule; the table."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    data = words(args.corpus, args.vocabulary, args.eval_rows)
+    model = models.Transformer(data.classes, layers=1, width=128)  # a row is a block of 128
+    task = Task("words", data, model, {}, args.batch, args.steps)
+    with progress(len(RULES) * len(args.seeds) * args.steps * args.workers) as bar:
+        rows = measure(task, args, bar)
+    schedule = compare_train.warmup_cosine(args.learning_rate, args.steps)
+    figures = {
+        "setting": f"{data.description}; {args.workers} workers x {args.batch} windows of "
+        f"{data.per_row} words, {args.steps} steps, peak learning rate {args.learning_rate:g}, no "
+        "weight decay; movement in sums of learning rates; seeds "
+        f"{', '.join(map(str, args.seeds))}.",
+        "learning_rates": float(sum(schedule(jnp.int32(t)) for t in range(args.steps))),
+        "rows": rows,
+        "versions": versions(),
+    }
+    (args.out / "rare_rows.json").write_text(json.dumps(figures, indent=1) + "\n")
+    return report(figures, args.out)
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(run, parse(None)))

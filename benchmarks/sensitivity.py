@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How quality depends on what one sets: heat maps, and the best learning rate by workers.
+
+    python benchmarks/sensitivity.py --task text          # hours on 2 cores
+    python benchmarks/sensitivity.py --size quick         # a look
+
+First every learning rate with every weight decay and pair (b1, b2), for full-precision Lion, for
+both aggregations and three ways to break ties, at one number of workers and the first seed. Then
+learning rates around the best one, at each number of workers with each seed. Results are kept as
+compare.py's are (a killed run goes on where it stopped): results.jsonl, results.md,
+TASK_heat.png, TASK_rates.png.
+"""
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+
+import sensitivity_report
+from compare_methods import LION, Method, lion_family
+from compare_report import setting, unit
+from compare_runs import (
+    Job,
+    Results,
+    Row,
+    Runner,
+    add_arguments,
+    check_arguments,
+    guarded,
+    make_task,
+    progress,
+)
+from sensitivity_report import Cell, Heat, best
+
+RATES, DECAYS = (3e-4, 1e-3, 3e-3, 1e-2), (0.03, 0.3, 3.0)
+BETAS = ((0.9, 0.99), (0.95, 0.98), (0.99, 0.99), (0.5, 0.9))  # the first is the default
+AROUND = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the best learning rate
+FOLLOWED = ("Lion", "D-Lion majority", "D-Lion average")  # by number of workers
+
+
+def named(method: str, b1: float, b2: float) -> str:
+    """A member of the family, for the results file."""
+    return f"{method}, b1 {b1:g}, b2 {b2:g}"
+
+
+def methods() -> dict[str, Method]:
+    """All that is run, by name."""
+    return {
+        named(name, *betas): method
+        for betas in BETAS
+        for name, method in lion_family(*betas).items()
+    }
+
+
+def heat_cells() -> list[Cell]:
+    """All places, in an order that compiles each program once."""
+    grid = itertools.product(LION, BETAS, RATES, DECAYS)
+    return [Cell(name, *betas, rate, decay) for name, betas, rate, decay in grid]
+
+
+def measure(runner: Runner, args: argparse.Namespace) -> tuple[Heat, list[Row]]:
+    """The heat maps' runs, then those by number of workers."""
+
+    def do(cell: Cell, n: int, seed: int) -> Row:
+        name = named(cell.method, cell.b1, cell.b2)
+        return runner.do(Job("run", "iid", name, n, seed, cell.rate, cell.decay))
+
+    heat = {cell: do(cell, args.heat_workers, args.seeds[0]) for cell in heat_cells()}
+    rows = []
+    for n, name in itertools.product(args.workers, FOLLOWED):
+        start = best(heat, name, BETAS[0])
+        for factor in AROUND:
+            cell = start._replace(rate=start.rate * factor)
+            rows += [do(cell, n, seed) | {"method": name} for seed in args.seeds]
+    return heat, rows
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],  # type: ignore[union-attr]
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_arguments(p, seeds=[42, 52])
+    p.add_argument("--heat-workers", type=int, default=8, metavar="N", help="of the heat maps")
+    p.add_argument("--workers", nargs="+", type=int, default=[4, 8, 16, 32], metavar="N",
+                   help="for which the best learning rate is looked for")  # fmt: skip
+    args = p.parse_args(argv)
+    check_arguments(p, args)
+    if min(*args.workers, args.heat_workers) < 2:
+        p.error("--workers and --heat-workers: at least 2, or there is nobody to vote with")
+    args.out = args.out or Path("runs/sensitivity") / args.size
+    return args
+
+
+def run(args: argparse.Namespace) -> str:
+    """All tasks; the tables."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    results = Results(args.out / "results.jsonl")
+    parts = []
+    each = len(heat_cells()) * args.heat_workers
+    each += sum(args.workers) * len(FOLLOWED) * len(AROUND) * len(args.seeds)
+    for name in args.task:
+        task = make_task(args, name)
+        with progress(task.steps * each) as bar:
+            heat, rows = measure(Runner(task, methods(), results, bar), args)
+        sensitivity_report.draw_heat(heat, name, args.heat_workers, args.out / f"{name}_heat.png")
+        sensitivity_report.draw_rates(rows, name, args.out / f"{name}_rates.png")
+        parts += [
+            f"## {name}: {unit(name)}",
+            f"{setting(task.summary)}. Seeds {', '.join(map(str, args.seeds))}; heat maps: the "
+            f"first, {args.heat_workers} workers.",
+            sensitivity_report.heat_table(heat, name),
+            sensitivity_report.rate_table(rows, name),
+        ]
+    text = "\n\n".join(parts)
+    (args.out / "results.md").write_text(text + "\n")
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(run, parse(None)))
