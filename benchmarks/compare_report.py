@@ -1,24 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and plots of compare.py's results.
+"""Tables and plots of compare.py's results, or of a file of them.
+
+    python benchmarks/compare_report.py benchmarks/results/compare.jsonl --out DIR
 
 In:  the runs of one comparison. Out: ``results.md``, and for each task ``TASK_workers.png``,
 ``TASK_bits.png`` and ``TASK_bytes.png`` (``TASK_SPLIT_...`` where rows are not i.i.d.).
 """
 
+import argparse
 import math
+import re
 import statistics
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from compare_methods import METHODS
+from compare_runs import Row, guarded, read
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-Row = dict[str, Any]
+Found = dict[tuple[str, int], dict[int, Row]]  # by method and workers, then by seed
 BASE = "Lion"  # what differences are taken to, seed by seed
 VOTE = "D-Lion majority"  # whose loss the others are followed to
 COLOURS = {
@@ -40,9 +46,9 @@ def unit(task: str) -> str:
     return "accuracy, %" if task == "images" else "loss, nats a character"
 
 
-def runs(rows: Iterable[Row], task: str, split: str) -> dict[tuple[str, int], dict[int, Row]]:
+def runs(rows: Iterable[Row], task: str, split: str) -> Found:
     """The runs of a task and split: by method and workers, then by seed."""
-    out: dict[tuple[str, int], dict[int, Row]] = {}
+    out: Found = {}
     for row in rows:
         if (row["task"], row["split"]) == (task, split):
             out.setdefault((row["method"], row["workers"]), {})[row["seed"]] = row
@@ -50,8 +56,9 @@ def runs(rows: Iterable[Row], task: str, split: str) -> dict[tuple[str, int], di
 
 
 def setting(text: str) -> str:
-    """A task's summary on one line."""
-    return " ".join(text.replace("# attributes", "").split())
+    """A task's summary on one line: Flax writes a model on several."""
+    fields = re.sub(r"\n +(\w+) = (\S+)", r" \1=\2,", text.replace("\n    # attributes", ""))
+    return fields.replace("( ", "(").replace(",\n)", ")")
 
 
 def spread(values: list[float], form: str) -> str:
@@ -79,7 +86,7 @@ def _names(found: dict[tuple[str, int], Any]) -> list[str]:
     return [name for name in METHODS if name in have]
 
 
-def qualities(found: dict[tuple[str, int], dict[int, Row]], task: str) -> str:
+def qualities(found: Found, task: str) -> str:
     """A row a method: bits, chosen rates, and quality by number of workers."""
     ns = sorted({n for _, n in found})
     head = [
@@ -103,7 +110,7 @@ def qualities(found: dict[tuple[str, int], dict[int, Row]], task: str) -> str:
     return table(head, (line(name) for name in _names(found)))
 
 
-def differences(found: dict[tuple[str, int], dict[int, Row]], task: str) -> str:
+def differences(found: Found, task: str) -> str:
     """Quality less full-precision Lion's, seed by seed."""
     ns = sorted({n for _, n in found})
 
@@ -116,7 +123,7 @@ def differences(found: dict[tuple[str, int], dict[int, Row]], task: str) -> str:
     return table([f"less {BASE}", *(f"n = {n}" for n in ns)], rows)
 
 
-def equal_loss(found: dict[tuple[str, int], dict[int, Row]]) -> str:
+def equal_loss(found: Found) -> str:
     """Share of the steps after which a method's training loss is what a vote's is at the end."""
     ns = sorted({n for _, n in found if (VOTE, n) in found})
 
@@ -161,7 +168,7 @@ def _points(some: dict[int, Row]) -> tuple[float, float]:
     return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else 0.0
 
 
-def plots(found: dict[tuple[str, int], dict[int, Row]], task: str, out: Path, stem: str) -> None:
+def plots(found: Found, task: str, out: Path, stem: str) -> None:
     """The three plots of a task and split."""
     names, ns = _names(found), sorted({n for _, n in found})
     styles = _styles(names)
@@ -212,13 +219,17 @@ def plots(found: dict[tuple[str, int], dict[int, Row]], task: str, out: Path, st
     _figure(f"{what}: training against bytes", by_bytes, out / f"{stem}_bytes.png")
 
 
-def write(rows: list[Row], out: Path) -> str:
-    """Writes tables and plots to the folder; returns the tables."""
+def sections(rows: list[Row]) -> Iterator[tuple[str, str, Found]]:
+    """Each task and split that has runs."""
+    done = [row for row in rows if row["kind"] == "run"]
+    for task, split in sorted({(row["task"], row["split"]) for row in done}):
+        yield task, split, runs(done, task, split)
+
+
+def tables(rows: list[Row]) -> str:
+    """All tables, in Markdown."""
     parts = []
-    for task, split in sorted({(row["task"], row["split"]) for row in rows}):
-        found = runs(rows, task, split)
-        if not found:
-            continue
+    for task, split, found in sections(rows):
         one = next(iter(next(iter(found.values())).values()))
         seeds = sorted({seed for some in found.values() for seed in some})
         versions = ", ".join(f"{k} {v}" for k, v in one["versions"].items())
@@ -226,12 +237,40 @@ def write(rows: list[Row], out: Path) -> str:
             f"## {task}, {split}: {unit(task)}",
             f"{one['parameters']:,} parameters; {setting(one['setting'])}. Seeds "
             + ", ".join(map(str, seeds))
-            + f": mean ± standard deviation. {versions}.",
+            + f": mean ± standard deviation; every other held-out row chose the rates, the others "
+            f"are reported. {versions}.",
             qualities(found, task),
             f"Paired by seed:\n\n{differences(found, task)}",
             f"Share of the steps to the same training loss:\n\n{equal_loss(found)}",
         ]
+    return "\n\n".join(parts) or "no runs yet"
+
+
+def write(rows: list[Row], out: Path) -> str:
+    """Writes tables and plots to the folder; returns the tables."""
+    for task, split, found in sections(rows):
         plots(found, task, out, task if split == "iid" else f"{task}_{split}")
-    text = "\n\n".join(parts) or "no runs yet"
+    text = tables(rows)
     (out / "results.md").write_text(text + "\n")
     return text
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    p.add_argument("results", type=Path, nargs="+", help="compare.py's results.jsonl")
+    p.add_argument("--out", type=Path, help="folder of results.md and plots (none: print only)")
+    return p.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> str:
+    """The tables of all files together."""
+    rows = [row for file in args.results for row in read(file)]
+    if args.out is None:
+        return tables(rows)
+    args.out.mkdir(parents=True, exist_ok=True)
+    return write(rows, args.out)
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(run, parse(None)))
