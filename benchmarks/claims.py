@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from compare_report import quality, table
 from compare_runs import Row, guarded, read
+from compare_tables import quality, table
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPARE = "`python benchmarks/compare.py`"

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import compare_report
+import partition
 from compare_methods import DEFAULT, METHODS
 from compare_runs import (
     SEARCH_SEED,
@@ -35,7 +36,8 @@ from compare_runs import (
     make_task,
     progress,
 )
-from compare_train import split_rows
+from compare_tables import titled
+from compare_train import Task, split_rows
 from config import UsageError
 
 LEARNING_RATE_STEP, WEIGHT_DECAY_STEP = 3.0, 4.0  # factors of the search's grid
@@ -76,6 +78,15 @@ def best(runner: Runner, split: str, method: str, workers: int, budget: int) -> 
     return min(rows, key=badness)
 
 
+def draw_splits(task: Task, args: argparse.Namespace) -> None:
+    """Who holds what, where workers hold unlike rows."""
+    n, seed = args.workers[0], args.seeds[0]
+    parts = {split: split_rows(task.data, split, n, seed) for split in args.splits}
+    unlike = {titled(split): rows for split, rows in parts.items() if rows is not None}
+    if unlike:
+        partition.picture(task.data.groups, unlike, args.out / f"{task.name}_who.png")
+
+
 def compare(runner: Runner, args: argparse.Namespace) -> list[Row]:
     """The search of every method, then all runs, one number of workers after the other."""
     try:  # a split that cannot be, before any time is spent
@@ -83,6 +94,7 @@ def compare(runner: Runner, args: argparse.Namespace) -> list[Row]:
             split_rows(runner.task.data, split, n, 0)
     except ValueError as error:
         raise UsageError(f"--splits, --workers: {error}") from error
+    draw_splits(runner.task, args)
     pairs = list(itertools.product(args.splits, args.methods))
     found = {pair: best(runner, *pair, args.search_workers, args.budget) for pair in pairs}
     rows = []

@@ -3,9 +3,10 @@
 
 In:  the label of every row, a number of workers, alpha. Out: row numbers for every worker.
 Each worker draws a mix of labels from a Dirichlet distribution and fills an equal share of the rows
-with it (Hsu et al., `Measuring the Effects of Non-Identical Data Distribution for Federated Visual
-Classification <https://arxiv.org/abs/1909.06335>`_, 2019): at alpha 100 all mixes are alike, at
-0.05 most workers hold one or two labels.
+with it, as in Hsu et al., `Measuring the Effects of Non-Identical Data Distribution for Federated
+Visual Classification <https://arxiv.org/abs/1909.06335>`_, 2019. Here alpha is each label's, as in
+the code of FedDyn and of what follows it; theirs is the sum over labels, 10 times this one for 10
+labels. At alpha 100 all mixes are alike, at 0.05 most workers hold one or two labels.
 """
 
 import math
@@ -15,12 +16,14 @@ import numpy as np
 
 
 def dirichlet(labels: np.ndarray, workers: int, alpha: float, seed: int) -> list[np.ndarray]:
-    """Splits rows over workers with label mixes from ``Dirichlet(alpha * share of each label)``.
+    """Splits rows over workers with label mixes from a Dirichlet distribution.
+
+    Its parameter of a label is ``alpha``, times the label's share of the rows over its even share.
 
     Args:
       labels: int, of every row.
       workers: how many; each gets ``len(labels) // workers`` rows, none twice.
-      alpha: concentration, above 0; smaller is more skewed. ``inf``: all mixes are the data's.
+      alpha: concentration a label, above 0; smaller is more skewed. ``inf``: all are the data's.
       seed: of mixes and rows.
 
     Returns:
@@ -37,7 +40,7 @@ def dirichlet(labels: np.ndarray, workers: int, alpha: float, seed: int) -> list
     quota = len(labels) // workers
     out = []
     for _ in range(workers):
-        mix = share if math.isinf(alpha) else _mix(rng, alpha * share)
+        mix = share if math.isinf(alpha) else _mix(rng, alpha * len(names) * share)
         taken: list[np.ndarray] = []
         need = quota
         while need:

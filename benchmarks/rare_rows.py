@@ -24,8 +24,8 @@ import matplotlib as mpl
 import numpy as np
 import optax
 from compare_methods import LION, METHODS, Method
-from compare_report import spread, table
 from compare_runs import guarded, progress, versions
+from compare_tables import spread, table
 from compare_train import Task, Trainer, models, sources
 from config import CORPUS
 

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import sensitivity_report
 from compare_methods import LION, Method, lion_family
-from compare_report import setting, unit
 from compare_runs import (
     Job,
     Results,
@@ -30,6 +29,7 @@ from compare_runs import (
     make_task,
     progress,
 )
+from compare_tables import setting, unit
 from sensitivity_report import Cell, Heat, best
 
 RATES, DECAYS = (3e-4, 1e-3, 3e-3, 1e-2), (0.03, 0.3, 3.0)

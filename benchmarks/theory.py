@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 import optax
-from compare_report import spread, table
 from compare_runs import guarded, progress, versions
+from compare_tables import spread, table
 
 import distlion_jax as dl
 

@@ -173,13 +173,13 @@ def test_a_split_that_cannot_be_is_said_at_once(tmp_path):
 
 
 def test_a_run_that_diverges_is_said_to(train, methods, task, monkeypatch):
-    report = load(monkeypatch, "compare_report")
+    tables = load(monkeypatch, "compare_tables")
     long = task._replace(steps=60)
     result = train.Trainer(long, methods["SGD momentum"], 2).run(0, 1e9, 1e9)
     assert np.isnan(result.loss)
     assert np.isnan(result.accuracy)
     assert len(result.losses) == 60
-    assert report.spread([1.0, float("nan")], ".1f") == "diverged (1 of 2)"
+    assert tables.spread([1.0, float("nan")], ".1f") == "diverged (1 of 2)"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plots of compare.py's results."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from compare_methods import METHODS
+from compare_runs import Row
+from compare_tables import Found, names_of, quality, skew_of, titled, unit
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+COLOURS = {
+    "vote": "Blues",
+    "constants": "Greens",
+    "full precision": "Greys",
+    "compressed": "Oranges",
+}
+MARKERS = "os^Dv<>Pp*Xhd"
+
+
+def _styles(names: list[str]) -> dict[str, dict[str, Any]]:
+    """A hue a group, a marker a method."""
+    out = {}
+    for group, colours in COLOURS.items():
+        mine = [name for name in names if METHODS[name].group == group]
+        for i, name in enumerate(mine):
+            shade = 0.45 + 0.5 * (i + 1) / len(mine)
+            out[name] = {"color": mpl.colormaps[colours](shade), "marker": MARKERS[i % 13]}
+    return out
+
+
+def _figure(title: str, draw: Callable[[Any], None], file: Path) -> None:
+    figure, axes = plt.subplots(figsize=(9, 5.2), layout="constrained")
+    draw(axes)
+    axes.set_title(title)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def _points(some: dict[int, Row]) -> tuple[float, float]:
+    values = np.array([quality(row) for row in some.values()])
+    return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else 0.0
+
+
+def plots(found: Found, task: str, out: Path, stem: str) -> None:
+    """The three plots of a task and split."""
+    names, ns = names_of(found), sorted({n for _, n in found})
+    styles = _styles(names)
+
+    def by_workers(axes: Any) -> None:
+        for name in names:
+            mine = [n for n in ns if (name, n) in found]
+            points = [_points(found[name, n]) for n in mine]
+            means, errors = zip(*points, strict=True)
+            axes.errorbar(mine, means, errors, label=name, capsize=2, linewidth=1.2, **styles[name])
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ns, [str(n) for n in ns])
+        axes.set_xlabel("workers (each with its own batch)")
+        axes.set_ylabel(unit(task))
+
+    def by_bits(axes: Any) -> None:
+        for name in names:
+            if (name, ns[-1]) not in found:
+                continue
+            some = found[name, ns[-1]]
+            mean, error = _points(some)
+            bits = next(iter(some.values()))["bits"]
+            axes.errorbar(bits, mean, error, label=name, capsize=2, linestyle="", **styles[name])
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel("bits received by each worker, a parameter and step")
+        axes.set_ylabel(unit(task))
+
+    def by_bytes(axes: Any) -> None:
+        n = 8 if 8 in ns else ns[0]
+        for name in names:
+            some = list(found.get((name, n), {}).values())
+            if not some:
+                continue
+            whole = min(len(row["curve"]) for row in some)
+            curve = np.mean([row["curve"][:whole] for row in some], axis=0)
+            steps = some[0]["steps"] * (np.arange(whole) + 1) / len(some[0]["curve"])
+            style = {"color": styles[name]["color"], "marker": styles[name]["marker"]}
+            axes.plot(steps * some[0]["bytes"] / 1e6, curve, label=name, markevery=10, **style)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel(f"received by each of {n} workers, MB")
+        axes.set_ylabel("training loss, nats")
+
+    what = "Images" if task == "images" else "Text"
+    _figure(f"{what}: quality against workers", by_workers, out / f"{stem}_workers.png")
+    _figure(f"{what}: {ns[-1]} workers", by_bits, out / f"{stem}_bits.png")
+    _figure(f"{what}: training against bytes", by_bytes, out / f"{stem}_bytes.png")
+
+
+def plot_splits(found: dict[str, Found], task: str, n: int, file: Path) -> None:
+    """Quality against how unlike the workers' data are, a line a method."""
+    splits = sorted(found, key=skew_of)
+    names = names_of(key for some in found.values() for key in some)
+    styles = _styles(names)
+
+    def draw(axes: Any) -> None:
+        for name in names:
+            mine = [i for i, split in enumerate(splits) if (name, n) in found[split]]
+            points = [_points(found[splits[i]][name, n]) for i in mine]
+            means, errors = zip(*points, strict=True)
+            axes.errorbar(mine, means, errors, label=name, capsize=2, linewidth=1.2, **styles[name])
+        axes.set_xticks(range(len(splits)), map(titled, splits))
+        axes.set_xlabel("mix of labels over workers: the smaller alpha, the more unlike")
+        axes.set_ylabel(unit(task))
+
+    what = "Images" if task == "images" else "Text"
+    _figure(f"{what}: {n} workers with unlike data", draw, file)
