@@ -46,8 +46,19 @@ def _figure(title: str, draw: Callable[[Any], None], file: Path) -> None:
 
 
 def _points(some: dict[int, Row]) -> tuple[float, float]:
+    """Mean and standard deviation; nan, which no plot shows, where a run diverged."""
     values = np.array([quality(row) for row in some.values()])
     return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else 0.0
+
+
+def _line(axes: Any, name: str, x: list[Any], some: list[dict[int, Row]], **style: Any) -> None:
+    """Means with standard deviations; the legend says where a run diverged."""
+    points = [_points(one) for one in some]
+    lost = sum(not np.isfinite(mean) for mean, _ in points)
+    label = f"{name} (diverged: {lost})" if lost else name
+    if points:
+        means, errors = zip(*points, strict=True)
+        axes.errorbar(x, means, errors, label=label, capsize=2, linewidth=1.2, **style)
 
 
 def plots(found: Found, task: str, out: Path, stem: str) -> None:
@@ -58,9 +69,7 @@ def plots(found: Found, task: str, out: Path, stem: str) -> None:
     def by_workers(axes: Any) -> None:
         for name in names:
             mine = [n for n in ns if (name, n) in found]
-            points = [_points(found[name, n]) for n in mine]
-            means, errors = zip(*points, strict=True)
-            axes.errorbar(mine, means, errors, label=name, capsize=2, linewidth=1.2, **styles[name])
+            _line(axes, name, mine, [found[name, n] for n in mine], **styles[name])
         axes.set_xscale("log", base=2)
         axes.set_xticks(ns, [str(n) for n in ns])
         axes.set_xlabel("workers (each with its own batch)")
@@ -71,9 +80,8 @@ def plots(found: Found, task: str, out: Path, stem: str) -> None:
             if (name, ns[-1]) not in found:
                 continue
             some = found[name, ns[-1]]
-            mean, error = _points(some)
             bits = next(iter(some.values()))["bits"]
-            axes.errorbar(bits, mean, error, label=name, capsize=2, linestyle="", **styles[name])
+            _line(axes, name, [bits], [some], linestyle="", **styles[name])
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("bits received by each worker, a parameter and step")
@@ -110,9 +118,7 @@ def plot_splits(found: dict[str, Found], task: str, n: int, file: Path) -> None:
     def draw(axes: Any) -> None:
         for name in names:
             mine = [i for i, split in enumerate(splits) if (name, n) in found[split]]
-            points = [_points(found[splits[i]][name, n]) for i in mine]
-            means, errors = zip(*points, strict=True)
-            axes.errorbar(mine, means, errors, label=name, capsize=2, linewidth=1.2, **styles[name])
+            _line(axes, name, mine, [found[splits[i]][name, n] for i in mine], **styles[name])
         axes.set_xticks(range(len(splits)), map(titled, splits))
         axes.set_xlabel("mix of labels over workers: the smaller alpha, the more unlike")
         axes.set_ylabel(unit(task))

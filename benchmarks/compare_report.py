@@ -20,28 +20,33 @@ from compare_tables import (
     Found,
     by_split,
     differences,
+    edges,
     equal_loss,
     qualities,
     runs,
     setting,
     unit,
 )
+from config import UsageError
 
 
 def sections(rows: list[Row]) -> Iterator[tuple[str, str, Found]]:
     """Each task and split that has runs."""
-    done = [row for row in rows if row["kind"] == "run"]
-    for task, split in sorted({(row["task"], row["split"]) for row in done}):
-        yield task, split, runs(done, task, split)
+    done = {(row["task"], row["split"]) for row in rows if row["kind"] == "run"}
+    for task, split in sorted(done):
+        yield task, split, runs(rows, task, split)
 
 
 def several_splits(rows: list[Row]) -> dict[str, tuple[int, dict[str, Found]]]:
     """Of each task with more than one split: the number of workers most run, and all by split."""
-    out: dict[str, tuple[int, dict[str, Found]]] = {}
+    out: dict[str, dict[str, Found]] = {}
     for task, split, found in sections(rows):
-        n = statistics.mode(n for _, n in found)
-        out.setdefault(task, (n, {}))[1][split] = found
-    return {task: both for task, both in out.items() if len(both[1]) > 1}
+        out.setdefault(task, {})[split] = found
+    return {
+        task: (statistics.mode(n for found in splits.values() for _, n in found), splits)
+        for task, splits in out.items()
+        if len(splits) > 1
+    }
 
 
 def tables(rows: list[Row]) -> str:
@@ -55,9 +60,10 @@ def tables(rows: list[Row]) -> str:
             f"## {task}, {split}: {unit(task)}",
             f"{one['parameters']:,} parameters; {setting(one['setting'])}. Seeds "
             + ", ".join(map(str, seeds))
-            + f": mean ± standard deviation; every other held-out row chose the rates, the others "
-            f"are reported. {versions}.",
-            qualities(found, task),
+            + ": mean ± standard deviation. They set weights and batches; the random numbers of "
+            "methods are the same at each. Every other held-out row chose the rates, the others "
+            f"are reported; (edge): the largest or smallest that the search tried. {versions}.",
+            qualities(found, task, edges(rows, task, split)),
             f"Paired by seed:\n\n{differences(found, task)}",
             f"Share of the steps to the same training loss:\n\n{equal_loss(found)}",
         ]
@@ -87,6 +93,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> str:
     """The tables of all files together."""
+    if missing := [file for file in args.results if not file.is_file()]:
+        raise UsageError(f"there is no file {missing[0]}")
     rows = [row for file in args.results for row in read(file)]
     if args.out is None:
         return tables(rows)

@@ -5,10 +5,12 @@ import math
 import re
 import statistics
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from compare_methods import METHODS
 from compare_runs import Row
+from config import UsageError
 
 Found = dict[tuple[str, int], dict[int, Row]]  # by method and workers, then by seed
 BASE = "Lion"  # what differences are taken to, seed by seed
@@ -26,11 +28,39 @@ def unit(task: str) -> str:
 
 
 def runs(rows: Iterable[Row], task: str, split: str) -> Found:
-    """The runs of a task and split: by method and workers, then by seed."""
+    """The runs of a task and split: by method and workers, then by seed.
+
+    Runs of two settings, or of one method at two rates, are not of one comparison: refused.
+    """
     out: Found = {}
+    mixed: dict[tuple[str, ...], set[Any]] = {}
     for row in rows:
-        if (row["task"], row["split"]) == (task, split):
-            out.setdefault((row["method"], row["workers"]), {})[row["seed"]] = row
+        if row["kind"] == "run" and (row["task"], row["split"]) == (task, split):
+            method, n = row["method"], row["workers"]
+            if method not in METHODS:
+                raise UsageError(f"{method!r} is no method of compare.py")
+            out.setdefault((method, n), {})[row["seed"]] = row
+            mixed.setdefault(("settings",), set()).add(row["setting"])
+            rates = row["learning_rate"], row["weight_decay"]
+            mixed.setdefault(("rates of", method), set()).add(rates)
+    for what, values in mixed.items():
+        if len(values) > 1:
+            found = "; ".join(sorted(map(str, values)))
+            raise UsageError(f"runs of {task}, {split}, are of several {' '.join(what)}: {found}")
+    return out
+
+
+def edges(rows: Iterable[Row], task: str, split: str) -> dict[str, set[str]]:
+    """Of each method: which chosen rates are the largest or smallest that its search tried."""
+    rows = [row for row in rows if (row["task"], row["split"]) == (task, split)]
+    out: dict[str, set[str]] = {}
+    for row in rows:
+        if row["kind"] == "run":
+            for name in ("learning_rate", "weight_decay"):
+                tried = [x[name] for x in rows
+                         if x["kind"] == "trial" and x["method"] == row["method"]]  # fmt: skip
+                if tried and row[name] in (min(tried), max(tried)):
+                    out.setdefault(row["method"], set()).add(name)
     return out
 
 
@@ -66,7 +96,7 @@ def names_of(found: Iterable[tuple[str, int]]) -> list[str]:
     return [name for name in METHODS if name in have]
 
 
-def qualities(found: Found, task: str) -> str:
+def qualities(found: Found, task: str, edge: dict[str, set[str]]) -> str:
     """A row a method: bits, chosen rates, and quality by number of workers."""
     ns = sorted({n for _, n in found})
     head = [
@@ -85,7 +115,9 @@ def qualities(found: Found, task: str) -> str:
         some = {n: next(iter(found[name, n].values())) for n in ns if (name, n) in found}
         bits = [f"{some[n]['bits']:.2f}" if n in some else "" for n in ns[:: len(ns) - 1 or 1]]
         one = next(iter(some.values()))
-        return [name, *cells, *bits, f"{one['learning_rate']:.2g}", f"{one['weight_decay']:.2g}"]
+        rates = [f"{one[k]:.2g}{' (edge)' * (k in edge.get(name, ()))}"
+                 for k in ("learning_rate", "weight_decay")]  # fmt: skip
+        return [name, *cells, *bits, *rates]
 
     return table(head, (line(name) for name in names_of(found)))
 
@@ -103,18 +135,29 @@ def differences(found: Found, task: str) -> str:
     return table([f"less {BASE}", *(f"n = {n}" for n in ns)], rows)
 
 
+def smooth(curve: np.ndarray) -> np.ndarray:
+    """Means of each three neighbours."""
+    return np.convolve(np.pad(curve, 1, mode="edge"), np.ones(3) / 3, mode="valid")
+
+
 def equal_loss(found: Found) -> str:
-    """Share of the steps after which a method's training loss is what a vote's is at the end."""
+    """Share of the steps after which a method's training loss is what a vote's is at the end.
+
+    Of smoothed means over the seeds of both; the learning rate's schedule is the whole run's.
+    """
     ns = sorted({n for _, n in found if (VOTE, n) in found})
 
-    def curve(name: str, n: int) -> np.ndarray:
-        return np.mean([row["curve"] for row in found[name, n].values()], axis=0)
+    def curve(name: str, n: int, seeds: set[int]) -> np.ndarray:
+        return smooth(np.mean([found[name, n][seed]["curve"] for seed in seeds], axis=0))
 
     def cell(name: str, n: int) -> str:
         if (name, n) not in found:
             return "not run"
-        mine = curve(name, n)
-        reached = np.flatnonzero(mine <= curve(VOTE, n)[-1])
+        seeds = {*found[name, n]} & {*found[VOTE, n]}
+        if not seeds:
+            return "no seed of both"
+        mine, end = curve(name, n, seeds), curve(VOTE, n, seeds)[-1]
+        reached = np.flatnonzero(mine <= end)
         return f"{(reached[0] + 1) / len(mine):.2f}" if len(reached) else "never"
 
     rows = ([name, *(cell(name, n) for n in ns)] for name in names_of(found))

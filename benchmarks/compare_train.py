@@ -61,10 +61,12 @@ def make_task(name: str, size: dict[str, Any], folder: Path | None = None) -> Ta
     """The task of that name, ``text`` or ``images``, with its data."""
     if name == "text":
         data = sources.load_text(CORPUS, size["eval_rows"])
-        model: nn.Module = models.Transformer(data.classes, size["layers"], size["width"])
+        shape = size["layers"], size["width"], size.get("heads", 4)
+        model: nn.Module = models.Transformer(data.classes, *shape)
     else:
         data = sources.load_images(folder, size["eval_rows"])
-        model = models.VisionTransformer(data.classes, size["patch"], size["layers"], size["width"])
+        shape = size["layers"], size["width"], size.get("heads", 4)
+        model = models.VisionTransformer(data.classes, size["patch"], *shape)
     # Every other held-out row chooses rates, the others are reported.
     halves = {
         kind: {k: v[first::2] for k, v in data.held_out.items()}

@@ -99,12 +99,14 @@ def picture(labels: np.ndarray, splits: dict[str, list[np.ndarray]], file: Path)
         1, len(splits), figsize=(3 * len(splits) + 1, 3), sharey=True, layout="constrained",
         squeeze=False,
     )  # fmt: skip
-    colours = mpl.colormaps["tab10" if len(names) <= 10 else "tab20"]
+    colours = mpl.colormaps["tab10"].colors  # type: ignore[attr-defined]
+    if len(names) > 10:
+        colours = mpl.colormaps["turbo"](np.linspace(0, 1, len(names)))
     for axes, (title, parts) in zip(panels[0], splits.items(), strict=True):
         bottom = np.zeros(len(parts))
         for k, name in enumerate(names):
             share = np.array([(labels[rows] == name).mean() for rows in parts])
-            axes.bar(range(len(parts)), share, bottom=bottom, color=colours(k % 20), width=0.9)
+            axes.bar(range(len(parts)), share, bottom=bottom, color=colours[k], width=0.9)
             bottom += share
         axes.set_title(f"{title}\nskew {skew(labels, parts):.2f}", fontsize=9)
         axes.set_xlabel("worker")

@@ -6,7 +6,9 @@
 A language model of words with an untied embedding trains under each rule, without weight decay. A
 row whose word does not occur in the batches has a gradient of exactly zero, so that a rule under
 which zeros abstain leaves it where it was, and one under which a zero votes -1 or +1 moves it by
-the sum of the learning rates. Writes rare_rows.json (all figures), rare_rows.md and rare_rows.png.
+the sum of the learning rates. A binary ballot counts presence by blocks of 128 coordinates: a row
+of 128 is a block, and two rows of 64 share one. Writes rare_rows.json (all figures), rare_rows.md
+and rare_rows.png (of the first width).
 """
 
 import argparse
@@ -87,7 +89,7 @@ def groups_of(seen: np.ndarray) -> np.ndarray:
     return np.searchsorted(SEEN, seen, side="right") - 1
 
 
-def measure(task: Task, args: argparse.Namespace, bar: Any) -> list[dict[str, Any]]:
+def measure(task: Task, width: int, args: argparse.Namespace, bar: Any) -> list[dict[str, Any]]:
     """A row a rule and seed: how far rows moved, by group, and held-out losses."""
     rows = []
     for name, method in RULES.items():
@@ -103,15 +105,21 @@ def measure(task: Task, args: argparse.Namespace, bar: Any) -> list[dict[str, An
             group = groups_of(seen)
             rows.append({
                 "rule": name,
+                "width": width,
                 "seed": seed,
                 "words": [int(np.sum(group == k)) for k in range(len(SEEN))],
                 "moved": [quartiles(moved[group == k]) for k in range(len(SEEN))],
                 "size": float(np.sqrt(np.mean(before**2))),
                 "loss": float(losses.mean()),
-                "loss_after_unseen": float(losses[seen[inputs] == 0].mean()),
+                "loss_after_unseen": mean(losses[seen[inputs] == 0]),
                 "unseen_inputs": int(np.sum(seen[inputs] == 0)),
             })  # fmt: skip
     return rows
+
+
+def mean(values: np.ndarray) -> float | None:
+    """None of nothing."""
+    return float(values.mean()) if len(values) else None
 
 
 def quartiles(values: np.ndarray) -> list[float]:
@@ -129,26 +137,33 @@ def group_names() -> list[str]:
 def report(figures: dict[str, Any], out: Path) -> str:
     """The table and the picture."""
     rows, total = figures["rows"], figures["learning_rates"]
-    names = list(dict.fromkeys(row["rule"] for row in rows))
+    kinds = list(dict.fromkeys((row["width"], row["rule"]) for row in rows))
 
-    def middle(name: str, group: int) -> np.ndarray:
-        return np.array([row["moved"][group] for row in rows if row["rule"] == name]).mean(0)
+    def of(kind: tuple[int, str]) -> list[dict[str, Any]]:
+        return [row for row in rows if (row["width"], row["rule"]) == kind]
 
-    def line(name: str) -> list[str]:
-        mine = [row for row in rows if row["rule"] == name]
-        cells = [f"{middle(name, k)[1] / total:.2f}" for k in (0, 1, 3, 6)]
-        return [name, *cells, *(spread([row[key] for row in mine], ".3f")
-                                for key in ("loss", "loss_after_unseen"))]  # fmt: skip
+    def middle(kind: tuple[int, str], group: int) -> np.ndarray:
+        return np.array([row["moved"][group] for row in of(kind)]).mean(0)
+
+    def loss(kind: tuple[int, str], key: str) -> str:
+        values = [row[key] for row in of(kind)]
+        return "no such word" if None in values else spread(values, ".3f")
+
+    def line(kind: tuple[int, str]) -> list[str]:
+        cells = [f"{middle(kind, k)[1] / total:.2f}" for k in (0, 1, 3, 6)]
+        width, name = kind
+        return [str(width), name, *cells, loss(kind, "loss"), loss(kind, "loss_after_unseen")]
 
     labels = group_names()
-    head = ["rule", *(f"moved, seen {labels[k]}" for k in (0, 1, 3, 6)), "held-out loss, nats",
-            "after a word never seen"]  # fmt: skip
+    head = ["width", "rule", *(f"moved, seen {labels[k]}" for k in (0, 1, 3, 6))]
+    head += ["held-out loss, nats", "after a word never seen"]
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
-    for k, name in enumerate(names):
-        points = np.array([middle(name, group) for group in range(len(SEEN))])
-        x = np.arange(len(SEEN)) + 0.06 * (k - (len(names) - 1) / 2)
+    drawn = [kind for kind in kinds if kind[0] == kinds[0][0]]
+    for k, kind in enumerate(drawn):
+        points = np.array([middle(kind, group) for group in range(len(SEEN))])
+        x = np.arange(len(SEEN)) + 0.06 * (k - (len(drawn) - 1) / 2)
         errors = np.abs(points[:, [0, 2]] - points[:, [1]]).T
-        axes.errorbar(x, points[:, 1], errors, label=name, marker="o", markersize=4, capsize=2,
+        axes.errorbar(x, points[:, 1], errors, label=kind[1], marker="o", markersize=4, capsize=2,
                       linewidth=1)  # fmt: skip
     axes.axhline(total, color="0.5", linestyle=":", linewidth=1)
     axes.text(len(SEEN) - 0.6, total, "sum of learning rates", ha="right", va="bottom", fontsize=8)
@@ -166,8 +181,8 @@ def report(figures: dict[str, Any], out: Path) -> str:
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(out / "rare_rows.png", dpi=130)
     plt.close(figure)
-    kinds = ", ".join(f"{k} {v}" for k, v in figures["versions"].items())
-    text = f"{table(head, map(line, names))}\n\n{figures['setting']} {kinds}."
+    versions = ", ".join(f"{k} {v}" for k, v in figures["versions"].items())
+    text = f"{table(head, map(line, kinds))}\n\n{figures['setting']} {versions}."
     (out / "rare_rows.md").write_text(text + "\n")
     return text
 
@@ -179,6 +194,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("--corpus", type=Path, default=CORPUS, help="text; form feeds between works")
+    p.add_argument("--widths", nargs="+", type=int, default=[128, 64], help="of a row; by heads: 4")
     p.add_argument("--vocabulary", type=int, default=8192, help="words, the rest is one")
     p.add_argument("--steps", type=int, default=300)
     p.add_argument("--workers", type=int, default=8)
@@ -192,6 +208,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         got, least = getattr(args, name), 2 if name in ("vocabulary", "workers") else 1
         if got < least:
             p.error(f"--{name.replace('_', '-')} must be at least {least}; got {got}")
+    if not args.learning_rate > 0:
+        p.error(f"--learning-rate must be above 0; got {args.learning_rate}")
+    if min(args.widths) < 4 or any(width % 4 for width in args.widths):
+        p.error(f"--widths must be multiples of 4, the heads; got {args.widths}")
     return args
 
 
@@ -199,10 +219,13 @@ def run(args: argparse.Namespace) -> str:
     """Trains under each rule; the table."""
     args.out.mkdir(parents=True, exist_ok=True)
     data = words(args.corpus, args.vocabulary, args.eval_rows)
-    model = models.Transformer(data.classes, layers=1, width=128)  # a row is a block of 128
-    task = Task("words", data, model, {}, args.batch, args.steps)
-    with progress(len(RULES) * len(args.seeds) * args.steps * args.workers) as bar:
-        rows = measure(task, args, bar)
+    rows = []
+    each = len(RULES) * len(args.seeds) * args.steps * args.workers
+    with progress(len(args.widths) * each) as bar:
+        for width in args.widths:
+            model = models.Transformer(data.classes, layers=1, width=width)
+            task = Task("words", data, model, {}, args.batch, args.steps)
+            rows += measure(task, width, args, bar)
     schedule = compare_train.warmup_cosine(args.learning_rate, args.steps)
     figures = {
         "setting": f"{data.description}; {args.workers} workers x {args.batch} windows of "

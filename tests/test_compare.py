@@ -144,7 +144,7 @@ def test_a_second_run_measures_nothing_and_says_the_same(tmp_path):
     ("row", "message"),
     [
         ("nonsense", "is no results file of compare.py"),
-        ('{"format": 99}', "is of format 99, this is 2: use another --out"),
+        ('{"format": 99}', "is of format 99, this is 3: use another --out"),
     ],
 )
 def test_other_results_are_not_mixed_in(tmp_path, row, message):
@@ -188,7 +188,7 @@ def test_a_run_that_diverges_is_said_to(train, methods, task, monkeypatch):
         (["--methods", "SGD-M"], "invalid choice: 'SGD-M'"),
         (["--workers", "1"], "--workers and --search-workers: at least 2"),
         (["--budget", "0"], "--budget must lie in [1, 24]; got 0"),
-        (["--seeds", "1000"], "not 1000, which searches use"),
+        (["--seeds", "1000"], "none of (1000, 1001), which searches use"),
         (["--splits", "0"], "'0' is not iid, groups, or an alpha above 0"),
         (["--steps", "0"], "--steps must be at least 1; got 0"),
     ],

@@ -111,13 +111,13 @@ def test_words_are_ranked_and_rows_grouped(rare, tmp_path):
 @pytest.mark.slow
 def test_a_row_never_seen_stays_but_for_constants(rare, tmp_path):
     args = ["--vocabulary", "4096", "--workers", "2", "--batch", "1", "--steps", "4", "--seeds",
-            "1", "--eval-rows", "8", "--out", str(tmp_path)]  # fmt: skip
+            "1", "--eval-rows", "8", "--widths", "128", "--out", str(tmp_path)]  # fmt: skip
     said = rare.run(rare.parse(args))
     figures = json.loads((tmp_path / "rare_rows.json").read_text())
     moved = {row["rule"]: row["moved"][0] for row in figures["rows"]}
     for rule in ("D-Lion majority", "D-Lion majority, ternary ballot", "Lion, full precision"):
         assert moved[rule] == [0, 0, 0]
-        assert f"| {rule} | 0.00 |" in said
+        assert f"| 128 | {rule} | 0.00 |" in said
     for rule in ("ties and zeros -1", "ties and zeros +1"):
         np.testing.assert_allclose(moved[rule], figures["learning_rates"], rtol=1e-3)
     assert (tmp_path / "rare_rows.png").stat().st_size > 10_000
@@ -157,8 +157,10 @@ def test_theory_runs(monkeypatch, tmp_path):
     ("name", "flags", "message"),
     [
         ("sensitivity", ["--heat-workers", "1"], "--workers and --heat-workers: at least 2"),
-        ("sensitivity", ["--seeds", "1000"], "not 1000, which searches use"),
+        ("sensitivity", ["--seeds", "1000"], "none of (1000, 1001), which searches use"),
         ("rare_rows", ["--workers", "1"], "--workers must be at least 2; got 1"),
+        ("rare_rows", ["--widths", "6"], "--widths must be multiples of 4, the heads; got [6]"),
+        ("rare_rows", ["--learning-rate", "0"], "--learning-rate must be above 0; got 0.0"),
         ("rare_rows", ["--steps", "0"], "--steps must be at least 1; got 0"),
         ("theory", ["--workers", "4"], "--workers: at least two numbers, each at least 2"),
         ("theory", ["--steps", "0"], "--size and --steps must be at least 1"),

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How one method stands to another in compare.py's results, and how surely."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from compare_runs import Row, read
+from compare_tables import Found, quality, runs
+
+UNITS = {"images": "points", "text": "nats"}
+MARGIN = {"images": 0.5, "text": 0.02}  # two methods this close are level
+FAR = 4  # margins, "by a large margin"
+# Student's t: half of a 95 % interval, by degrees of freedom.
+STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+
+
+def interval(values: list[float]) -> float:
+    """Half of a 95 % interval of a mean."""
+    return STUDENT.get(len(values) - 1, 2.23) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+class Missing(Exception):
+    """There are no results to say it from."""
+
+
+class Standing(NamedTuple):
+    """A method beside another: gains are above 0 where it is better, points or nats."""
+
+    task: str
+    by_workers: dict[int, float]  # mean gain over seeds
+    gain: float  # mean over seeds of each seed's mean over numbers of workers
+    error: float  # half of a 95 % interval of it, over seeds
+    diverged: tuple[int, int]  # runs of the method, of the other
+
+    @property
+    def word(self) -> str:
+        """Level: within the margin for sure; ahead or behind: on one side of 0 for sure."""
+        if any(self.diverged):
+            mine, other = self.diverged
+            return "behind" if mine > other else "ahead" if other > mine else "undecided"
+        if abs(self.gain) + self.error <= MARGIN[self.task]:
+            return "level"
+        if abs(self.gain) > self.error:
+            return "ahead" if self.gain > 0 else "behind"
+        return "undecided"
+
+    @property
+    def far(self) -> bool:
+        """Ahead by a large margin."""
+        return self.word == "ahead" and not self.gain < FAR * MARGIN[self.task]
+
+    def __str__(self) -> str:
+        if any(self.diverged):
+            return f"{self.task}: {self.word} (diverged: {self.diverged[0]}, {self.diverged[1]})"
+        form = "+.1f" if self.task == "images" else "+.3f"
+        each = ", ".join(format(gain, form) for gain in self.by_workers.values())
+        return (
+            f"{self.task}: {self.word} ({self.gain:{form}} ± {self.error:{form[1:]}} "
+            f"{UNITS[self.task]}; {each} at n = {', '.join(map(str, self.by_workers))})"
+        )
+
+
+def standing(found: Found, task: str, method: str, base: str) -> Standing:
+    """A method beside another, paired by seed and number of workers."""
+    sign = 1 if task == "images" else -1
+    pairs = [(n, seed) for name, n in found if name == method
+             for seed in found[name, n] if seed in found.get((base, n), {})]  # fmt: skip
+    if len({seed for _, seed in pairs}) < 2:
+        raise Missing(f"{method} beside {base}, {task}")
+    values = {(name, n, s): quality(found[name, n][s]) for name in (method, base) for n, s in pairs}
+    lost = tuple(
+        sum(not math.isfinite(values[name, n, s]) for n, s in pairs) for name in (method, base)
+    )
+    gains = {(n, s): sign * (values[method, n, s] - values[base, n, s]) for n, s in pairs}
+
+    def mean(keep: Callable[[int, int], bool]) -> float:
+        return statistics.mean(gain for (n, s), gain in gains.items() if keep(n, s))
+
+    by_seed = [mean(lambda n, s, seed=seed: s == seed) for seed in sorted({s for _, s in pairs})]
+    workers = sorted({n for n, _ in pairs})
+    by_workers = {n: mean(lambda m, s, n=n: m == n) for n in workers}
+    error = math.nan if any(lost) else interval(by_seed)
+    return Standing(task, by_workers, statistics.mean(by_seed), error, (lost[0], lost[1]))
+
+
+class Evidence:
+    """All results, by file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def rows(self, name: str) -> list[Row]:
+        """The rows of a comparison."""
+        if not (self.folder / name).exists():
+            raise Missing(name)
+        return read(self.folder / name)
+
+    def json(self, name: str) -> Any:
+        """What a script wrote whole."""
+        if not (self.folder / name).exists():
+            raise Missing(name)
+        return json.loads((self.folder / name).read_text())
+
+    def runs(self, task: str, split: str = "iid", name: str = "compare.jsonl") -> Found:
+        """The runs of a task and split."""
+        return runs(self.rows(name), task, split)
+
+    def beside(self, method: str, base: str, name: str = "compare.jsonl") -> list[Standing]:
+        """A method beside another on images and on text."""
+        return [standing(self.runs(task, name=name), task, method, base) for task in UNITS]

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verdicts follow from results, and from nothing else."""
+
+import importlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def load(monkeypatch, name):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module(name)
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    return load(monkeypatch, "compare_tables")
+
+
+@pytest.fixture
+def evidence(monkeypatch):
+    return load(monkeypatch, "evidence")
+
+
+@pytest.fixture
+def claims(monkeypatch):
+    return load(monkeypatch, "claims")
+
+
+def row(method, n, seed, value, task="text", **other):
+    return {
+        "format": 3, "kind": "run", "task": task, "split": "iid", "method": method, "workers": n,
+        "seed": seed, "learning_rate": 1e-3, "weight_decay": 0.1, "setting": "small", "steps": 100,
+        "loss": value, "accuracy": value, "curve": [3.0, 2.0, value], "bits": 3.0, "bytes": 10,
+        "parameters": 7, "versions": {"jax": "1"},
+    } | other  # fmt: skip
+
+
+def rows_of(losses, **other):
+    """Of ``{method: {n: [a loss a seed]}}``."""
+    return [
+        row(method, n, seed, value, **other)
+        for method, by_n in losses.items()
+        for n, values in by_n.items()
+        for seed, value in enumerate(values)
+    ]
+
+
+CASES = {
+    "level": [2.000, 2.002, 1.998],
+    "ahead": [1.900, 1.910, 1.890],
+    "behind": [2.100, 2.110, 2.090],
+    "undecided": [2.000, 2.200, 1.900],
+}
+
+
+@pytest.mark.parametrize("word", CASES)
+def test_words_are_by_the_interval_and_the_margin(tables, evidence, word):
+    losses = {"Lion": {4: [2.0] * 3, 8: [2.0] * 3}, "AdamW": {4: CASES[word], 8: CASES[word]}}
+    found = tables.runs(rows_of(losses), "text", "iid")
+    got = evidence.standing(found, "text", "AdamW", "Lion")
+    assert got.word == word
+    assert got.far == (word == "ahead")
+    assert list(got.by_workers) == [4, 8]
+    back = evidence.standing(found, "text", "Lion", "AdamW")
+    assert back.gain == pytest.approx(-got.gain)
+    assert str(got).startswith(f"text: {word} (")
+    assert " at n = 4, 8)" in str(got)
+
+
+def test_intervals_are_over_seeds_not_over_all_pairs(tables, evidence):
+    """Workers share a seed's weights: more numbers of workers give no more certainty."""
+    few = {"Lion": {4: [2.0] * 3}, "AdamW": {4: [1.9, 2.0, 1.95]}}
+    many = {name: dict.fromkeys((4, 8, 16), by_n[4]) for name, by_n in few.items()}
+    got = [
+        evidence.standing(tables.runs(rows_of(x), "text", "iid"), "text", "AdamW", "Lion")
+        for x in (few, many)
+    ]
+    assert got[0].error == pytest.approx(got[1].error)
+    assert got[0].error == pytest.approx(4.30 * 0.05 / math.sqrt(3))
+    assert got[0].word == "undecided"
+
+
+def test_more_accuracy_is_ahead_and_less_loss_is(tables, evidence):
+    better = {"Lion": {4: [0.70, 0.71]}, "AdamW": {4: [0.80, 0.81]}}
+    found = tables.runs(rows_of(better, task="images"), "images", "iid")
+    got = evidence.standing(found, "images", "AdamW", "Lion")
+    assert (got.word, round(got.gain, 6), got.far) == ("ahead", 10.0, True)
+
+
+def test_who_diverges_is_behind(tables, evidence):
+    losses = {"Lion": {4: [2.0, 2.0, 2.0]}, "DGC": {4: [1.5, 1.5, float("nan")]}}
+    found = tables.runs(rows_of(losses), "text", "iid")
+    lost = evidence.standing(found, "text", "DGC", "Lion")
+    assert str(lost) == "text: behind (diverged: 1, 0)"
+    assert not lost.far
+    assert evidence.standing(found, "text", "Lion", "DGC").word == "ahead"
+    assert evidence.standing(found, "text", "Lion", "DGC").far
+
+
+def test_one_seed_is_no_evidence(tables, evidence):
+    found = tables.runs(rows_of({"Lion": {4: [2.0]}, "AdamW": {4: [1.0]}}), "text", "iid")
+    with pytest.raises(evidence.Missing, match="AdamW beside Lion, text"):
+        evidence.standing(found, "text", "AdamW", "Lion")
+
+
+def test_runs_that_are_no_comparison_are_refused(tables):
+    one = [row("Lion", 4, 0, 2.0)]
+    for other, message in (
+        ({"setting": "large"}, "runs of text, iid, are of several settings: large; small"),
+        ({"learning_rate": 3e-3}, "are of several rates of Lion"),
+        ({"method": "b1 0.9"}, "'b1 0.9' is no method of compare.py"),
+    ):
+        with pytest.raises(tables.UsageError, match=message):
+            tables.runs([*one, row("Lion", 4, 1, 2.0) | other], "text", "iid")
+
+
+def test_rates_at_an_edge_of_the_search_are_marked(tables):
+    trials = [
+        row("Lion", 8, 1000, 2.0, kind="trial", learning_rate=rate, weight_decay=decay)
+        for rate, decay in ((3e-4, 0.1), (1e-3, 0.1), (3e-3, 0.1), (1e-3, 0.025))
+    ]
+    rows = [*trials, row("Lion", 8, 42, 2.0)]
+    edge = tables.edges(rows, "text", "iid")
+    assert edge == {"Lion": {"weight_decay"}}
+    table = tables.qualities(tables.runs(rows, "text", "iid"), "text", edge)
+    assert table.splitlines()[-1] == "| Lion | 2.000 | 3.00 | 0.001 | 0.1 (edge) |"
+
+
+def test_equal_loss_is_of_the_seeds_of_both(tables):
+    quick = [3.0, 2.0, 1.0, 1.0, 1.0, 1.0]
+    slow = [3.0, 3.0, 3.0, 3.0, 2.0, 2.0]
+    rows = [row("D-Lion majority", 4, seed, 2.0, curve=slow) for seed in (1, 2)]
+    rows += [row("Lion", 4, 1, 1.0, curve=quick), row("Lion", 4, 3, 1.0, curve=[math.nan] * 6)]
+    rows += [row("AdamW", 4, 9, 1.0), row("DGC", 4, 2, 9.0, curve=[9.0] * 6)]
+    table = tables.equal_loss(tables.runs(rows, "text", "iid"))
+    assert "| Lion | 0.33 |" in table
+    assert "| AdamW | no seed of both |" in table
+    assert "| DGC | never |" in table
+
+
+def test_unlike_data_is_judged_by_the_figures(claims, evidence, tmp_path):
+    def judged(majority, remedy):
+        rows = []
+        for name, values in (("D-Lion majority", majority), ("D-Lion majority, sync 16", remedy)):
+            for split, value in zip(("iid", "0.25", "0.05"), values, strict=True):
+                rows += [row(name, 10, s, value, task="images", split=split) for s in (1, 2)]
+        text = "\n".join(map(json.dumps, rows)) + "\n"
+        (tmp_path / "unlike.jsonl").write_text(text)
+        return claims.unlike(evidence.Evidence(tmp_path))
+
+    verdict, text = judged((0.8, 0.6, 0.5), (0.8, 0.79, 0.78))
+    assert verdict == "it falls, and is mended"
+    assert "at iid / 0.25 / 0.05: D-Lion majority 80.0 / 60.0 / 50.0; D-Lion" in text
+    assert judged((0.8, 0.6, 0.5), (0.8, 0.6, 0.52))[0] == "it falls, and is not mended"
+    assert judged((0.8, 0.8, 0.8), (0.8, 0.8, 0.8))[0] == "it does not fall"
+
+
+def test_a_page_without_results_says_so(claims, evidence, tmp_path):
+    page = claims.page(evidence.Evidence(tmp_path))
+    assert page.count("| not measured yet |") >= 10
+    losses = {name: {4: [2.0, 2.0], 8: [2.0, 2.0]} for name in ("Lion", "D-Lion majority")}
+    rows = rows_of(losses) + rows_of(losses, task="images")
+    (tmp_path / "compare.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    page = claims.page(evidence.Evidence(tmp_path))
+    assert "on par with full-precision Lion | holds | D-Lion majority beside Lion: images: " in page
+
+
+def test_the_page_in_the_repository_is_of_its_results(claims, evidence):
+    page = claims.page(evidence.Evidence(BENCHMARKS / "results"))
+    assert (BENCHMARKS.parent / "docs/claims.md").read_text() == page
+
+
+def test_undecided_is_neither_for_nor_against(claims):
+    assert claims.verdict([True, True]) == "holds"
+    assert claims.verdict([False, False]) == "**does not hold here**"
+    assert claims.verdict([None, None]) == "undecided"
+    assert {claims.verdict(x) for x in ([True, None], [False, None], [True, False])} == {"in part"}
