@@ -14,7 +14,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from compare_runs import guarded
+import sensitivity_report
+from compare_runs import Job, Row, guarded
 from compare_tables import figure_form, quality, runs, skew_of, table
 from evidence import FAR, MARGIN, UNITS, Evidence, Missing, Standing, interval, standing
 
@@ -191,6 +192,32 @@ def unlike(ev: Evidence) -> Finding:
     )
 
 
+def hyperparameters(ev: Evidence) -> Finding:
+    """Where the best learning rate lies, by number of workers."""
+    import sensitivity
+
+    args, texts = sensitivity.parse([]), []
+    rows = {Job(*(row[k] for k in Job._fields)).key(row["task"]): row
+            for row in ev.rows("sensitivity.jsonl")}  # fmt: skip
+    for task in UNITS:
+
+        def row_of(job: Job, task: str = task) -> Row:
+            if job.key(task) not in rows:
+                raise Missing(str(job))
+            return rows[job.key(task)]
+
+        _, by_workers = sensitivity.measure(row_of, args)
+        found = []
+        for name in sensitivity.FOLLOWED:
+            points = [sensitivity_report.by_rate(by_workers, name, n) for n in args.workers]
+            best = [sensitivity_report.vertex(one, task)[0] for one in points]
+            found.append(f"{name} {', '.join(f'{rate:.1e}' for rate in best)}")
+        texts.append(f"{task}: " + "; ".join(found))
+    return "measured", (
+        f"Best learning rate at n = {', '.join(map(str, args.workers))}. " + ".<br>".join(texts)
+    )
+
+
 def stated(word: str, text: str) -> Find:
     """What tests or other pages hold."""
     return lambda ev: (word, text)
@@ -240,6 +267,8 @@ OBJECTIONS: list[tuple[str, Find, str]] = [
     ("Are settings fair?",
      stated("see", "Every method has a search of its own, of the same number of trials; rates at "
             "an edge of it are marked"), COMPARE),
+    ("How sensitive is it to hyperparameters?", hyperparameters,
+     "`python benchmarks/sensitivity.py`; README, What to tune"),
     ("The CIFAR-10 figures look low",
      stated("open", "CIFAR-10 cannot be had offline: its files are read, and Fashion-MNIST stands "
             "in, in short runs. Compare orders, not levels"), COMPARE),

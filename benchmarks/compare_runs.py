@@ -71,9 +71,8 @@ class Results:
 
     def __init__(self, file: Path) -> None:
         self.file, self.rows = file, read(file)
-        if file.exists():  # one that was killed while it wrote leaves half a line
-            text = file.read_text()
-            file.write_text(text[: text.rfind("\n") + 1])
+        if file.exists() and not (text := file.read_text()).endswith("\n"):
+            file.write_text(text[: text.rfind("\n") + 1])  # half a line, of who was killed
         self.known = {self._key(row): row for row in self.rows}
 
     @staticmethod

@@ -14,6 +14,7 @@ TASK_heat.png, TASK_rates.png.
 import argparse
 import itertools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import sensitivity_report
@@ -58,12 +59,12 @@ def heat_cells() -> list[Cell]:
     return [Cell(name, *betas, rate, decay) for name, betas, rate, decay in grid]
 
 
-def measure(runner: Runner, args: argparse.Namespace) -> tuple[Heat, list[Row]]:
-    """The heat maps' runs, then those by number of workers."""
+def measure(row_of: Callable[[Job], Row], args: argparse.Namespace) -> tuple[Heat, list[Row]]:
+    """The heat maps' rows, then those by number of workers; ``row_of`` trains, or looks up."""
 
     def do(cell: Cell, n: int, seed: int) -> Row:
         name = named(cell.method, cell.b1, cell.b2)
-        return runner.do(Job("run", "iid", name, n, seed, cell.rate, cell.decay))
+        return row_of(Job("run", "iid", name, n, seed, cell.rate, cell.decay))
 
     heat = {cell: do(cell, args.heat_workers, args.seeds[0]) for cell in heat_cells()}
     rows = []
@@ -73,6 +74,18 @@ def measure(runner: Runner, args: argparse.Namespace) -> tuple[Heat, list[Row]]:
             cell = start._replace(rate=start.rate * factor)
             rows += [do(cell, n, seed) | {"method": name} for seed in args.seeds]
     return heat, rows
+
+
+def tables(heat: Heat, rows: list[Row], args: argparse.Namespace) -> str:
+    """What came out of one task."""
+    one = rows[0]
+    head = f"{setting(one['setting'])}. Seeds {', '.join(map(str, args.seeds))}; heat maps: the "
+    return "\n\n".join([
+        f"## {one['task']}: {unit(one['task'])}",
+        f"{head}first, {args.heat_workers} workers.",
+        sensitivity_report.heat_table(heat, one["task"]),
+        sensitivity_report.rate_table(rows, one["task"]),
+    ])  # fmt: skip
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -103,16 +116,10 @@ def run(args: argparse.Namespace) -> str:
     for name in args.task:
         task = make_task(args, name)
         with progress(task.steps * each) as bar:
-            heat, rows = measure(Runner(task, methods(), results, bar), args)
+            heat, rows = measure(Runner(task, methods(), results, bar).do, args)
         sensitivity_report.draw_heat(heat, name, args.heat_workers, args.out / f"{name}_heat.png")
         sensitivity_report.draw_rates(rows, name, args.out / f"{name}_rates.png")
-        parts += [
-            f"## {name}: {unit(name)}",
-            f"{setting(task.summary)}. Seeds {', '.join(map(str, args.seeds))}; heat maps: the "
-            f"first, {args.heat_workers} workers.",
-            sensitivity_report.heat_table(heat, name),
-            sensitivity_report.rate_table(rows, name),
-        ]
+        parts.append(tables(heat, rows, args))
     text = "\n\n".join(parts)
     (args.out / "results.md").write_text(text + "\n")
     return text
