@@ -134,57 +134,66 @@ def group_names() -> list[str]:
             for a, b in zip(SEEN, ends, strict=True)]  # fmt: skip
 
 
-def report(figures: dict[str, Any], out: Path) -> str:
-    """The table and the picture."""
-    rows, total = figures["rows"], figures["learning_rates"]
-    kinds = list(dict.fromkeys((row["width"], row["rule"]) for row in rows))
+Kind = tuple[int, str]  # width, rule
 
-    def of(kind: tuple[int, str]) -> list[dict[str, Any]]:
-        return [row for row in rows if (row["width"], row["rule"]) == kind]
 
-    def middle(kind: tuple[int, str], group: int) -> np.ndarray:
-        return np.array([row["moved"][group] for row in of(kind)]).mean(0)
+def of_kinds(figures: dict[str, Any]) -> dict[Kind, list[dict[str, Any]]]:
+    """The rows of each width and rule, a seed each."""
+    out: dict[Kind, list[dict[str, Any]]] = {}
+    for row in figures["rows"]:
+        out.setdefault((row["width"], row["rule"]), []).append(row)
+    return out
 
-    def loss(kind: tuple[int, str], key: str) -> str:
-        values = [row[key] for row in of(kind)]
+
+def moved(rows: list[dict[str, Any]], group: int) -> np.ndarray:
+    """Quartiles of a group's movement, mean over seeds."""
+    return np.array([row["moved"][group] for row in rows]).mean(0)
+
+
+def as_table(figures: dict[str, Any]) -> str:
+    """Movement in sums of the learning rates, and losses."""
+
+    def loss(rows: list[dict[str, Any]], key: str) -> str:
+        values = [row[key] for row in rows]
         return "no such word" if None in values else spread(values, ".3f")
 
-    def line(kind: tuple[int, str]) -> list[str]:
-        cells = [f"{middle(kind, k)[1] / total:.2f}" for k in (0, 1, 3, 6)]
-        width, name = kind
-        return [str(width), name, *cells, loss(kind, "loss"), loss(kind, "loss_after_unseen")]
-
+    shown, total = (0, 1, 3, 6), figures["learning_rates"]
+    body = [
+        [rule, str(width), *(f"{moved(rows, k)[1] / total:.2f}" for k in shown),
+         loss(rows, "loss"), loss(rows, "loss_after_unseen")]
+        for (width, rule), rows in of_kinds(figures).items()
+    ]  # fmt: skip
     labels = group_names()
-    head = ["width", "rule", *(f"moved, seen {labels[k]}" for k in (0, 1, 3, 6))]
-    head += ["held-out loss, nats", "after a word never seen"]
+    head = ["rule", "width", *(f"moved, seen {labels[k]}" for k in shown)]
+    return table([*head, "held-out loss, nats", "after a word never seen"], body)
+
+
+def draw(figures: dict[str, Any], file: Path) -> None:
+    """Movement against how often a word was seen, for the first width."""
+    kinds, total = of_kinds(figures), figures["learning_rates"]
+    first = next(iter(kinds))[0]
+    drawn = {rule: rows for (width, rule), rows in kinds.items() if width == first}
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
-    drawn = [kind for kind in kinds if kind[0] == kinds[0][0]]
-    for k, kind in enumerate(drawn):
-        points = np.array([middle(kind, group) for group in range(len(SEEN))])
+    for k, (rule, rows) in enumerate(drawn.items()):
+        points = np.array([moved(rows, group) for group in range(len(SEEN))])
         x = np.arange(len(SEEN)) + 0.06 * (k - (len(drawn) - 1) / 2)
         errors = np.abs(points[:, [0, 2]] - points[:, [1]]).T
-        axes.errorbar(x, points[:, 1], errors, label=kind[1], marker="o", markersize=4, capsize=2,
+        axes.errorbar(x, points[:, 1], errors, label=rule, marker="o", markersize=4, capsize=2,
                       linewidth=1)  # fmt: skip
-    axes.axhline(total, color="0.5", linestyle=":", linewidth=1)
-    axes.text(len(SEEN) - 0.6, total, "sum of learning rates", ha="right", va="bottom", fontsize=8)
-    axes.axhline(rows[0]["size"], color="0.5", linestyle="--", linewidth=1)
-    axes.text(len(SEEN) - 0.6, rows[0]["size"], "a row's own size at the start", ha="right",
-              va="bottom", fontsize=8)  # fmt: skip
-    counts = rows[0]["words"]
-    axes.set_xticks(
-        range(len(SEEN)), [f"{a}\n{b:,} words" for a, b in zip(labels, counts, strict=True)]
-    )
+    one = next(iter(drawn.values()))[0]
+    for height, style, text in ((total, ":", "sum of the learning rates"),
+                                (one["size"], "--", "a row's own size at the start")):  # fmt: skip
+        axes.axhline(height, color="0.5", linestyle=style, linewidth=1)
+        axes.text(len(SEEN) - 0.6, height, text, ha="right", va="bottom", fontsize=8)
+    ticks = [f"{a}\n{b:,} words" for a, b in zip(group_names(), one["words"], strict=True)]
+    axes.set_xticks(range(len(SEEN)), ticks)
     axes.set_xlabel("times that training saw the word")
     axes.set_ylabel("how far its row moved (root mean square)")
-    axes.set_title("Rows of an untied embedding: median and quartiles")
+    axes.set_title(f"Rows of an untied embedding, {first} wide: median and quartiles")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
-    figure.savefig(out / "rare_rows.png", dpi=130)
+    figure.savefig(file, dpi=130)
     plt.close(figure)
-    versions = ", ".join(f"{k} {v}" for k, v in figures["versions"].items())
-    text = f"{table(head, map(line, kinds))}\n\n{figures['setting']} {versions}."
-    (out / "rare_rows.md").write_text(text + "\n")
-    return text
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -237,7 +246,11 @@ def run(args: argparse.Namespace) -> str:
         "versions": versions(),
     }
     (args.out / "rare_rows.json").write_text(json.dumps(figures, indent=1) + "\n")
-    return report(figures, args.out)
+    draw(figures, args.out / "rare_rows.png")
+    kinds = ", ".join(f"{k} {v}" for k, v in figures["versions"].items())
+    text = f"{as_table(figures)}\n\n{figures['setting']} {kinds}."
+    (args.out / "rare_rows.md").write_text(text + "\n")
+    return text
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README says what is so: its code runs, its wire table is the ledger's."""
 
+import importlib
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -38,3 +41,15 @@ def test_commands_are_complete():
     for name in ("main", "test"):
         (command,) = re.findall(rf"<!-- {name} command -->\n```bash\n(.*?)\n```", README, re.S)
         assert command.startswith("python3 -m venv .venv && .venv/bin/pip install")
+
+
+def test_tables_of_training_are_of_the_results_in_the_repository(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    readme = importlib.import_module("readme")
+    ev = readme.Evidence(ROOT / "benchmarks/results")
+    assert readme.fill(README, ev) == README
+    stale = "<!-- results: NAME -->\nold\n<!-- end of results -->"
+    with pytest.raises(readme.UsageError, match="there is no table 'NAME'; known: compare, text"):
+        readme.fill(stale, ev)
+    with pytest.raises(readme.UsageError, match=r"'rare rows': rare_rows\.json is missing in "):
+        readme.fill(stale.replace("NAME", "rare rows"), readme.Evidence(ROOT))

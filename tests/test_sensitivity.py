@@ -117,7 +117,7 @@ def test_a_row_never_seen_stays_but_for_constants(rare, tmp_path):
     moved = {row["rule"]: row["moved"][0] for row in figures["rows"]}
     for rule in ("D-Lion majority", "D-Lion majority, ternary ballot", "Lion, full precision"):
         assert moved[rule] == [0, 0, 0]
-        assert f"| 128 | {rule} | 0.00 |" in said
+        assert f"| {rule} | 128 | 0.00 |" in said
     for rule in ("ties and zeros -1", "ties and zeros +1"):
         np.testing.assert_allclose(moved[rule], figures["learning_rates"], rtol=1e-3)
     assert (tmp_path / "rare_rows.png").stat().st_size > 10_000
