@@ -8,11 +8,11 @@
 
 Every method gets a search of its own over learning rate and weight decay, with the same number of
 trials, at one number of workers, with seeds and held-out rows that no result uses, by the figure
-that is reported; its best three are tried with a second seed. Then it runs at each number of
-workers with each seed: same data order and initial weights for all methods at a seed. Workers are
-simulated on one device: votes exactly, sums of floating-point numbers in the order of the workers.
-Results are kept, one JSON line a run: a killed comparison goes on where it stopped, and a finished
-one only reports.
+that is reported; its best three are tried with a second seed. (With --start-from it begins where an
+earlier one ended.) Then it runs at each number of workers with each seed: same data order and
+initial weights for all methods at a seed. Workers are simulated on one device: votes exactly, sums
+of floating-point numbers in the order of the workers. Results are kept, one JSON line a run: a
+killed comparison goes on where it stopped, and a finished one only reports.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from compare_runs import (
     guarded,
     make_task,
     progress,
+    read,
 )
 from compare_tables import titled
 from compare_train import Task, split_rows
@@ -57,24 +58,25 @@ def nearby(best: Place, seen: dict[Place, float]) -> Place:
     raise AssertionError("the budget is larger than the grid")
 
 
-def search(
-    split: str, method: str, workers: int, budget: int, scores: dict[Place, float]
-) -> Iterator[tuple[Place, Job]]:
+def search(start: Job, budget: int, scores: dict[Place, float]) -> Iterator[tuple[Place, Job]]:
     """The trials of a method and their places, under which the caller notes how bad each was."""
     place: Place = (0.0, 0.0)
     for _ in range(budget):
-        start = METHODS[method]
-        rate = start.learning_rate * LEARNING_RATE_STEP ** place[0]
-        decay = start.weight_decay * WEIGHT_DECAY_STEP ** place[1]
-        yield place, Job("trial", split, method, workers, SEARCH_SEEDS[0], rate, decay)
+        yield (
+            place,
+            start._replace(
+                learning_rate=start.learning_rate * LEARNING_RATE_STEP ** place[0],
+                weight_decay=start.weight_decay * WEIGHT_DECAY_STEP ** place[1],
+            ),
+        )
         place = nearby(min(scores, key=lambda p: (scores[p], p)), scores)
 
 
-def best(runner: Runner, split: str, method: str, workers: int, budget: int) -> Row:
+def best(runner: Runner, start: Job, budget: int) -> Row:
     """The best trial of a method: the best few are tried with another seed too."""
     scores: dict[Place, float] = {}
     tried: list[tuple[float, Job, Row]] = []
-    for place, job in search(split, method, workers, budget, scores):
+    for place, job in search(start, budget, scores):
         row = runner.do(job)
         scores[place] = badness(row)
         tried.append((scores[place], job, row))
@@ -106,7 +108,12 @@ def compare(runner: Runner, args: argparse.Namespace) -> list[Row]:
         raise UsageError(f"--splits, --workers: {error}") from error
     draw_splits(runner.task, args)
     pairs = list(itertools.product(args.splits, args.methods))
-    found = {pair: best(runner, *pair, args.search_workers, args.budget) for pair in pairs}
+    found = {}
+    for split, method in pairs:
+        usual = METHODS[method].learning_rate, METHODS[method].weight_decay
+        rates = args.start_from.get((runner.task.name, method), usual)
+        start = Job("trial", split, method, args.search_workers, SEARCH_SEEDS[0], *rates)
+        found[split, method] = best(runner, start, args.budget)
     rows = []
     for n, pair, seed in itertools.product(args.workers, pairs, args.seeds):
         rates = found[pair]["learning_rate"], found[pair]["weight_decay"]
@@ -126,6 +133,21 @@ def _split(text: str) -> str:
     return f"{alpha:g}"
 
 
+def _chosen(file: str) -> dict[tuple[str, str], Place]:
+    """The rates of each task and method of earlier results."""
+    try:
+        rows = read(Path(file))
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if not rows:
+        raise argparse.ArgumentTypeError(f"{file} has no results")
+    return {
+        (row["task"], row["method"]): (row["learning_rate"], row["weight_decay"])
+        for row in rows
+        if (row["kind"], row["split"]) == ("run", "iid")
+    }
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     p = argparse.ArgumentParser(
@@ -141,6 +163,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                    "labels), or a number: alpha of a Dirichlet mix of labels")  # fmt: skip
     p.add_argument("--budget", type=int, default=12, help="trials of each method's search")
     p.add_argument("--search-workers", type=int, default=8, metavar="N", help="workers of a trial")
+    p.add_argument(
+        "--start-from",
+        type=_chosen,
+        default={},
+        metavar="RESULTS",
+        help="begin each search at the rates that this file's i.i.d. runs have",
+    )
     args = p.parse_args(argv)
     if min(args.workers) < 2 or args.search_workers < 2:
         p.error("--workers and --search-workers: at least 2, or there is nobody to vote with")

@@ -94,7 +94,8 @@ def test_search_spends_its_budget_near_the_best(compare):
         return rate**2 + np.log(job.weight_decay / 0.1) ** 2
 
     seen, jobs = {}, []
-    for place, job in compare.search("iid", "D-Lion majority", 8, 10, seen):
+    start = compare.Job("trial", "iid", "D-Lion majority", 8, 1000, 1e-3, 0.1)
+    for place, job in compare.search(start, 10, seen):
         jobs.append(job)
         seen[place] = loss(job)
     assert len(set(jobs)) == 10
@@ -121,7 +122,7 @@ def test_a_second_run_measures_nothing_and_says_the_same(tmp_path):
     assert first.returncode == 0, first.stderr
     file = tmp_path / "results.jsonl"
     lines = file.read_text().splitlines()
-    assert len(lines) == 2 * (2 + 2 * 2)
+    assert len(lines) == 2 * (2 + 2 + 2 * 2)  # trials, with a second seed; runs
     file.write_text("\n".join(lines[:5]) + "\n")  # as if it had been killed
     second = start(tmp_path, *ARGUMENTS, *methods)
     assert second.returncode == 0, second.stderr
@@ -138,6 +139,14 @@ def test_a_second_run_measures_nothing_and_says_the_same(tmp_path):
     assert "| less Lion |" in first.stdout
     for plot in ("workers", "bits", "bytes"):
         assert (tmp_path / f"text_{plot}.png").stat().st_size > 10_000
+    chosen = {(r["method"], r["learning_rate"], r["weight_decay"])
+              for r in map(json.loads, lines) if r["kind"] == "run"}  # fmt: skip
+    fourth = start(
+        tmp_path / "on", *ARGUMENTS, *methods, "--budget", "1", "--start-from", str(file)
+    )
+    assert fourth.returncode == 0, fourth.stderr
+    rows = [json.loads(x) for x in (tmp_path / "on/results.jsonl").read_text().splitlines()]
+    assert {(r["method"], r["learning_rate"], r["weight_decay"]) for r in rows} == chosen
 
 
 @pytest.mark.parametrize(
@@ -190,6 +199,7 @@ def test_a_run_that_diverges_is_said_to(train, methods, task, monkeypatch):
         (["--budget", "0"], "--budget must lie in [1, 24]; got 0"),
         (["--seeds", "1000"], "none of (1000, 1001), which searches use"),
         (["--splits", "0"], "'0' is not iid, groups, or an alpha above 0"),
+        (["--start-from", "nowhere"], "argument --start-from: nowhere has no results"),
         (["--steps", "0"], "--steps must be at least 1; got 0"),
     ],
 )
