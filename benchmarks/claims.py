@@ -296,9 +296,9 @@ def page(ev: Evidence) -> str:
     return f"""# What the paper claims, and what its reviewers asked
 
 Written by `python benchmarks/claims.py` from [benchmarks/results](../benchmarks/results). Images:
-a small vision transformer on Fashion-MNIST. Text: a small transformer on Shakespeare's characters.
-Both train for 500 steps, each method at the best rates of its own search: short runs of small
-models, which tell how methods rank there, and not at the paper's scale.
+a small vision transformer on Fashion-MNIST, 500 steps. Text: a small transformer on Shakespeare's
+characters, 1,000 steps. Each method runs at the best rates of its own search. These are short runs
+of small models: they tell how methods rank there, and not at the paper's scale.
 
 Figures are gains, above 0 where the first method is better, over pairs of the same seed and number
 of workers, with 95 % intervals over seeds (Student's t; what a search's luck adds is not in them).

@@ -31,7 +31,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "small": {
-        "text": {"steps": 500, "batch": 4, "layers": 2, "width": 64, "eval_rows": 1024},
+        "text": {"steps": 1000, "batch": 4, "layers": 2, "width": 64, "eval_rows": 1024},
         "images": {
             "steps": 500, "batch": 16, "patch": 7, "layers": 2, "width": 64, "eval_rows": 10_000,
         },
