@@ -136,7 +136,7 @@ def phase_two(ev: Evidence) -> Finding:
 
     rows = ev.json("theory.json")["rows"]
     power = {name: theory.powers(rows, name) for name in (MAJORITY, AVERAGE, LION)}
-    holds = [max(power[MAJORITY]) < -0.25, min(power[AVERAGE]) > -0.05]
+    holds = [max(power[MAJORITY]) < -0.4, min(power[AVERAGE]) > -0.05]
     shown = ", ".join(
         f"{name} n^{statistics.mean(p):.2f} ± {statistics.stdev(p):.2f}"
         for name, p in power.items()
@@ -241,8 +241,8 @@ PAPER: list[tuple[str, Find, str]] = [
     ("Phase I: the box of size 1/weight_decay draws in, whatever the gradients",
      stated("holds", "A property test over any gradients, both aggregations"),
      "`pytest tests/test_properties.py -k box`"),
-    ("Phase II: the floor of the KKT score falls with n for the majority (Theorem 3.6: at least as "
-     "1/sqrt(n)), and its bound does not for the average (3.8)", phase_two,
+    ("Phase II: the floor of the KKT score falls with n for the majority (Theorem 3.6: as "
+     "1/sqrt(n)), and does not for the average (3.8)", phase_two,
      "`python benchmarks/theory.py`"),
     ("ImageNet, OpenWebText and LLaMA-7B",
      stated("not run", "No accelerator and no such data here. `--size paper` has the paper's "

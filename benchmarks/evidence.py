@@ -107,7 +107,10 @@ class Evidence:
 
     def runs(self, task: str, split: str = "iid", name: str = "compare.jsonl") -> Found:
         """The runs of a task and split."""
-        return runs(self.rows(name), task, split)
+        found = runs(self.rows(name), task, split)
+        if not found:
+            raise Missing(f"{task}, {split}, in {name}")
+        return found
 
     def beside(self, method: str, base: str, name: str = "compare.jsonl") -> list[Standing]:
         """A method beside another on images and on text."""

@@ -164,6 +164,9 @@ def test_a_page_without_results_says_so(claims, evidence, tmp_path):
     page = claims.page(evidence.Evidence(tmp_path))
     assert page.count("| not measured yet |") >= 10
     losses = {name: {4: [2.0, 2.0], 8: [2.0, 2.0]} for name in ("Lion", "D-Lion majority")}
+    half = rows_of(losses, task="images")
+    (tmp_path / "compare.jsonl").write_text("\n".join(map(json.dumps, half)) + "\n")
+    assert claims.page(evidence.Evidence(tmp_path)) == page
     rows = rows_of(losses) + rows_of(losses, task="images")
     (tmp_path / "compare.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     page = claims.page(evidence.Evidence(tmp_path))
