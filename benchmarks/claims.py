@@ -8,6 +8,7 @@ what has no results says so; a test compares the page with the results.
 """
 
 import argparse
+import itertools
 import math
 import statistics
 import sys
@@ -15,9 +16,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import sensitivity_report
-from compare_runs import Job, Row, guarded
-from compare_tables import figure_form, quality, runs, skew_of, table
+from compare_report import several_splits
+from compare_runs import Job, Row, command_line, guarded
+from compare_tables import figure_form, names_of, quality, skew_of
 from evidence import FAR, MARGIN, UNITS, Evidence, Missing, Standing, interval, standing
+from md_table import table
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPARE = "`python benchmarks/compare.py`"
@@ -87,14 +90,15 @@ def worse_with_workers(ev: Evidence) -> Finding:
         if n == m:
             raise Missing("more than one number of workers")
         sign, falls, rises = 1 if task == "images" else -1, [], []
-        for name in dict.fromkeys(name for name, _ in found):
+        names = names_of(found)
+        for name in names:
             ends = [found.get((name, k), {}) for k in (n, m)]
             both = [seed for seed in ends[0] if seed in ends[1]]
             gains = [sign * (quality(ends[1][s]) - quality(ends[0][s])) for s in both]
             if len(gains) > 1 and all(map(math.isfinite, gains)):
                 mean, error = statistics.mean(gains), interval(gains)
                 (falls if mean < -error else rises if mean > error else []).append(name)
-        holds += [name in falls for name in {name for name, _ in found}]
+        holds += [name in falls for name in names]
         texts.append(
             f"{task}, n = {n} to {m}: {len(falls)} methods get worse "
             f"({', '.join(falls) or 'none'}), {len(rises)} better ({', '.join(rises) or 'none'})"
@@ -155,28 +159,30 @@ def ties(ev: Evidence) -> Finding:
 
 def rare(ev: Evidence) -> Finding:
     """How far rows never seen move."""
+    import rare_rows
+
     figures = ev.json("rare_rows.json")
-    moved: dict[str, list[float]] = {}
-    for row in figures["rows"]:
-        share = row["moved"][0][1] / figures["learning_rates"]
-        moved.setdefault(f"{row['rule']}, width {row['width']}", []).append(share)
-    shown = ", ".join(f"{rule}: {statistics.mean(values):.2f}" for rule, values in moved.items())
+    total = figures["learning_rates"]
+    shown = ", ".join(
+        f"{rule}, width {width}: {rare_rows.moved(rows, 0)[1] / total:.2f}"
+        for (width, rule), rows in rare_rows.of_kinds(figures).items()
+    )
     return "measured", f"A row never seen moves, in sums of the learning rates: {shown}"
 
 
 def unlike(ev: Evidence) -> Finding:
     """The fall with unlike data, and the mend."""
-    rows = [row for row in ev.rows("unlike.jsonl") if row["task"] == "images"]
-    splits = sorted({row["split"] for row in rows if row["kind"] == "run"}, key=skew_of)
-    found = {split: runs(rows, "images", split) for split in splits}
+    splits = several_splits(ev.rows("unlike.jsonl"))
+    if "images" not in splits:
+        raise Missing("several splits of images")
+    n, found = splits["images"]
+    order = sorted(found, key=skew_of)
     means: dict[str, list[float]] = {}
-    for name in dict.fromkeys(name for some in found.values() for name, _ in some):
-        for split in splits:
-            seeds = [row for (m, _), some in found[split].items() if m == name
-                     for row in some.values()]  # fmt: skip
-            if not seeds:
-                raise Missing(f"{name}, {split}")
-            means.setdefault(name, []).append(statistics.mean(map(quality, seeds)))
+    for name, split in itertools.product(names_of(key for s in found.values() for key in s), order):
+        if (name, n) not in found[split]:
+            raise Missing(f"{name}, {split}")
+        seeds = found[split][name, n].values()
+        means.setdefault(name, []).append(statistics.mean(map(quality, seeds)))
     first, last = means[MAJORITY][0], means[MAJORITY][-1]
     remedies = {name: m[-1] for name, m in means.items() if name.startswith(f"{MAJORITY}, ")}
     best = max(remedies, key=lambda name: remedies[name])
@@ -188,7 +194,7 @@ def unlike(ev: Evidence) -> Finding:
         for name, m in means.items()
     )
     return word.get((falls, mended), "it does not fall"), (
-        f"Images, % right at {' / '.join(splits)}: {shown}"
+        f"Images, % right at {' / '.join(order)}: {shown}"
     )
 
 
@@ -197,14 +203,13 @@ def hyperparameters(ev: Evidence) -> Finding:
     import sensitivity
 
     args, texts = sensitivity.parse([]), []
-    rows = {Job(*(row[k] for k in Job._fields)).key(row["task"]): row
-            for row in ev.rows("sensitivity.jsonl")}  # fmt: skip
+    results = ev.results("sensitivity.jsonl")
     for task in UNITS:
 
         def row_of(job: Job, task: str = task) -> Row:
-            if job.key(task) not in rows:
-                raise Missing(str(job))
-            return rows[job.key(task)]
+            if row := results.find(job, task):
+                return row
+            raise Missing(str(job))
 
         _, by_workers = sensitivity.measure(row_of, args)
         found = []
@@ -273,8 +278,13 @@ OBJECTIONS: list[tuple[str, Find, str]] = [
      stated("open", "CIFAR-10 cannot be had offline: its files are read, and Fashion-MNIST stands "
             "in, in short runs. Compare orders, not levels"), COMPARE),
     ("What are sign(0) and ties?", all_of(ties, rare),
-     "`compare.py --methods ...` (README), `python benchmarks/rare_rows.py`"),
-    ("Non-i.i.d. and federated data", unlike, "`compare.py --splits ...` (README)"),
+     '`compare.py --methods "D-Lion majority" "D-Lion majority, coin" "ties -1" '
+     '"ties and zeros -1" "ties and zeros +1" --workers 4 8 --search-workers 4 --budget 6`, '
+     "`rare_rows.py`"),
+    ("Non-i.i.d. and federated data", unlike,
+     '`compare.py --splits 100 0.25 0.05 --workers 10 --search-workers 10 --budget 6 --methods '
+     '"D-Lion majority" "D-Lion average" "D-Lion majority, noise 2" "D-Lion majority, sync 16" '
+     '"D-Lion majority, noise 2, sync 16" Lion AdamW EF-signSGD`'),
     ("There is no code", stated("yes", "This repository"), "README"),
 ]  # fmt: skip
 
@@ -310,6 +320,8 @@ behind: surely on that side of 0; by a large margin: by {FAR * MARGIN["images"]:
 
 {table(head, lines(PAPER))}
 
+![KKT score against workers, with the paper's 1/sqrt(n)](theory.png)
+
 ## Objections of its reviewers
 
 {table(head, lines(OBJECTIONS))}
@@ -318,10 +330,7 @@ behind: surely on that side of 0; by a large margin: by {FAR * MARGIN["images"]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],  # type: ignore[union-attr]
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    p = command_line(__doc__)
     p.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
     p.add_argument("--out", type=Path, default=ROOT / "docs/claims.md")
     return p.parse_args(argv)

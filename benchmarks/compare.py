@@ -33,6 +33,7 @@ from compare_runs import (
     add_arguments,
     badness,
     check_arguments,
+    command_line,
     guarded,
     make_task,
     progress,
@@ -150,10 +151,7 @@ def _chosen(file: str) -> dict[tuple[str, str], Place]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],  # type: ignore[union-attr]
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    p = command_line(__doc__)
     add_arguments(p, seeds=[42, 52, 62])
     p.add_argument("--methods", nargs="+", choices=METHODS, default=list(DEFAULT), metavar="NAME",
                    help=f"of: {'; '.join(METHODS)}")  # fmt: skip
@@ -184,8 +182,8 @@ def run(args: argparse.Namespace) -> str:
     """All tasks; the tables."""
     args.out.mkdir(parents=True, exist_ok=True)
     results = Results(args.out / "results.jsonl")
-    trials = args.budget + min(FINALISTS, args.budget) * (len(SEARCH_SEEDS) - 1)
-    each = trials * args.search_workers + sum(args.workers) * len(args.seeds)
+    each_search = args.budget + min(FINALISTS, args.budget) * (len(SEARCH_SEEDS) - 1)
+    each = each_search * args.search_workers + sum(args.workers) * len(args.seeds)
     rows = []
     for name in args.task:
         task = make_task(args, name)

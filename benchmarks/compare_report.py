@@ -22,6 +22,7 @@ from compare_tables import (
     differences,
     edges,
     equal_loss,
+    listed,
     qualities,
     runs,
     setting,
@@ -55,14 +56,14 @@ def tables(rows: list[Row]) -> str:
     for task, split, found in sections(rows):
         one = next(iter(next(iter(found.values())).values()))
         seeds = sorted({seed for some in found.values() for seed in some})
-        versions = ", ".join(f"{k} {v}" for k, v in one["versions"].items())
         parts += [
             f"## {task}, {split}: {unit(task)}",
             f"{one['parameters']:,} parameters; {setting(one['setting'])}. Seeds "
             + ", ".join(map(str, seeds))
             + ": mean ± standard deviation. They set weights and batches; the random numbers of "
             "methods are the same at each. Every other held-out row chose the rates, the others "
-            f"are reported; (edge): the largest or smallest that the search tried. {versions}.",
+            "are reported; (edge): the largest or smallest that the search tried. "
+            f"{listed(one['versions'])}.",
             qualities(found, task, edges(rows, task, split)),
             f"Paired by seed:\n\n{differences(found, task)}",
             f"Share of the steps to the same training loss:\n\n{equal_loss(found)}",

@@ -140,6 +140,14 @@ def guarded(run: Callable[[argparse.Namespace], str], args: argparse.Namespace) 
     return 0
 
 
+def command_line(doc: str | None) -> argparse.ArgumentParser:
+    """A parser that a module's docstring describes, and whose help shows defaults."""
+    return argparse.ArgumentParser(
+        description=(doc or "").splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+
 def add_arguments(parser: argparse.ArgumentParser, seeds: list[int]) -> None:
     """The flags that scripts share."""
     add = parser.add_argument

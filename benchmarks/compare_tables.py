@@ -11,6 +11,7 @@ import numpy as np
 from compare_methods import METHODS
 from compare_runs import Row
 from config import UsageError
+from md_table import table
 
 Found = dict[tuple[str, int], dict[int, Row]]  # by method and workers, then by seed
 BASE = "Lion"  # what differences are taken to, seed by seed
@@ -79,15 +80,14 @@ def spread(values: list[float], form: str) -> str:
     return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}"
 
 
+def listed(versions: dict[str, str]) -> str:
+    """What a figure depends on, on one line."""
+    return ", ".join(f"{name} {value}" for name, value in versions.items())
+
+
 def figure_form(task: str) -> str:
     """How :func:`quality` is printed."""
     return ".1f" if task == "images" else ".3f"
-
-
-def table(head: list[str], body: Iterable[list[str]]) -> str:
-    """In Markdown."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in body])
 
 
 def names_of(found: Iterable[tuple[str, int]]) -> list[str]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How one method stands to another in compare.py's results, and how surely."""
 
+import functools
 import json
 import math
 import statistics
@@ -8,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from compare_runs import Row, read
+from compare_runs import Results, Row
 from compare_tables import Found, quality, runs
 
 UNITS = {"images": "points", "text": "nats"}
@@ -92,18 +93,24 @@ class Evidence:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.results = functools.cache(self._results)
 
-    def rows(self, name: str) -> list[Row]:
-        """The rows of a comparison."""
+    def _path(self, name: str) -> Path:
         if not (self.folder / name).exists():
             raise Missing(name)
-        return read(self.folder / name)
+        return self.folder / name
+
+    def _results(self, name: str) -> Results:
+        """A file of compare.py or sensitivity.py, read once."""
+        return Results(self._path(name))
+
+    def rows(self, name: str) -> list[Row]:
+        """Its rows."""
+        return self.results(name).rows
 
     def json(self, name: str) -> Any:
         """What a script wrote whole."""
-        if not (self.folder / name).exists():
-            raise Missing(name)
-        return json.loads((self.folder / name).read_text())
+        return json.loads(self._path(name).read_text())
 
     def runs(self, task: str, split: str = "iid", name: str = "compare.jsonl") -> Found:
         """The runs of a task and split."""

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from md_table import table
 from network_methods import COMPRESSED, PEERS
 from network_report import BITS, Row, groups, median, ratio, read
 
@@ -16,11 +17,6 @@ Cells = dict[tuple[str, int, str], dict[str, Row]]
 LINKS = {"unshaped": "unshaped", "10gbit": "10 Gbit/s", "1gbit": "1 Gbit/s",
          "100mbit": "100 Mbit/s", "10mbit": "10 Mbit/s"}  # fmt: skip
 CHUNKS = "majority, 8 chunks"
-
-
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in body])
 
 
 def _links(cells: Cells, workload: str) -> list[str]:
@@ -38,7 +34,7 @@ def speeds(cells: Cells, workload: str, columns: Sequence[tuple[str, int]]) -> s
         [LINKS[rate], *(cell(rate, name, n) for name, n in columns)]
         for rate in _links(cells, workload)
     ]
-    return _table(["link of each process", *(f"{name}, n = {n}" for name, n in columns)], body)
+    return table(["link of each process", *(f"{name}, n = {n}" for name, n in columns)], body)
 
 
 def exchanges(cells: Cells) -> str:
@@ -56,7 +52,7 @@ def exchanges(cells: Cells) -> str:
     unshaped = cells["linear", 2, "unshaped"]
     bits = {name: 8 * unshaped[name]["sent"] / unshaped[name]["parameters"] for name in names}
     body = [[name, f"{bits[name]:.2f}", *(cell(rate, name) for rate in rates)] for name in names]
-    return _table(["method", "sent, bits a parameter", *(LINKS[rate] for rate in rates)], body)
+    return table(["method", "sent, bits a parameter", *(LINKS[rate] for rate in rates)], body)
 
 
 def others(cells: Cells) -> str:
@@ -69,7 +65,7 @@ def others(cells: Cells) -> str:
         return f"{1e3 * median(cells['exchange', n, rate][name]):,.0f}"
 
     body = [[name, *(cell(n, rate, name) for n in (2, 4) for rate in rates)] for name in names]
-    return _table(["ms a step", *head], body)
+    return table(["ms a step", *head], body)
 
 
 def growth(cells: Cells) -> str:
@@ -80,7 +76,7 @@ def growth(cells: Cells) -> str:
         [name, *(f"{cells['exchange', n, '1gbit'][name]['received'] / 1e6:.2f}" for n in numbers)]
         for name in names
     ]
-    return _table(["MB received a step", *(f"n = {n}" for n in numbers)], body)
+    return table(["MB received a step", *(f"n = {n}" for n in numbers)], body)
 
 
 def accuracy(rows: Sequence[Row]) -> str:

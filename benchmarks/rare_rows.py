@@ -25,21 +25,22 @@ import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 import optax
-from compare_methods import LION, METHODS, Method
-from compare_runs import guarded, progress, versions
-from compare_tables import spread, table
+from compare_methods import METHODS, Method
+from compare_runs import command_line, guarded, progress, versions
+from compare_tables import listed, spread
 from compare_train import Task, Trainer, models, sources
 from config import CORPUS
+from md_table import table
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 RULES: dict[str, Method] = {
-    "D-Lion majority": LION["D-Lion majority"],
+    "D-Lion majority": METHODS["D-Lion majority"],
     "D-Lion majority, ternary ballot": METHODS["D-Lion majority, ternary"],
     "ties and zeros -1": METHODS["ties and zeros -1"],
     "ties and zeros +1": METHODS["ties and zeros +1"],
-    "Lion, full precision": LION["Lion"],
+    "Lion, full precision": METHODS["Lion"],
 }
 SEEN = (0, 1, 3, 10, 30, 100, 1000)  # bounds of the groups of words, by how often they were seen
 TOKEN = re.compile(r"[A-Za-z']+|[^\sA-Za-z']|\n")
@@ -99,7 +100,7 @@ def measure(task: Task, width: int, args: argparse.Namespace, bar: Any) -> list[
             params, _ = trainer.train(
                 seed, args.learning_rate, 0.0, tell=lambda k: bar.update(k * args.workers)
             )
-            moved = np.sqrt(np.mean((embedding(params) - before) ** 2, axis=1))
+            far = np.sqrt(np.mean((embedding(params) - before) ** 2, axis=1))
             seen = times_seen(task, args.workers, seed)
             losses, inputs = held_out_losses(task, params), task.data.held_out["x"]
             group = groups_of(seen)
@@ -108,7 +109,7 @@ def measure(task: Task, width: int, args: argparse.Namespace, bar: Any) -> list[
                 "width": width,
                 "seed": seed,
                 "words": [int(np.sum(group == k)) for k in range(len(SEEN))],
-                "moved": [quartiles(moved[group == k]) for k in range(len(SEEN))],
+                "moved": [quartiles(far[group == k]) for k in range(len(SEEN))],
                 "size": float(np.sqrt(np.mean(before**2))),
                 "loss": float(losses.mean()),
                 "loss_after_unseen": mean(losses[seen[inputs] == 0]),
@@ -130,7 +131,7 @@ def quartiles(values: np.ndarray) -> list[float]:
 def group_names() -> list[str]:
     """How often the words of each group were seen."""
     ends = [*(b - 1 for b in SEEN[1:]), None]
-    return ["never" if a == 0 else f"{a}+" if b is None else str(a) if a == b else f"{a}-{b}"
+    return ["never" if a == 0 else f"{a}+" if b is None else f"{a}-{b}"
             for a, b in zip(SEEN, ends, strict=True)]  # fmt: skip
 
 
@@ -198,10 +199,7 @@ def draw(figures: dict[str, Any], file: Path) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],  # type: ignore[union-attr]
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    p = command_line(__doc__)
     p.add_argument("--corpus", type=Path, default=CORPUS, help="text; form feeds between works")
     p.add_argument("--widths", nargs="+", type=int, default=[128, 64], help="of a row; by heads: 4")
     p.add_argument("--vocabulary", type=int, default=8192, help="words, the rest is one")
@@ -247,8 +245,7 @@ def run(args: argparse.Namespace) -> str:
     }
     (args.out / "rare_rows.json").write_text(json.dumps(figures, indent=1) + "\n")
     draw(figures, args.out / "rare_rows.png")
-    kinds = ", ".join(f"{k} {v}" for k, v in figures["versions"].items())
-    text = f"{as_table(figures)}\n\n{figures['setting']} {kinds}."
+    text = f"{as_table(figures)}\n\n{figures['setting']} {listed(figures['versions'])}."
     (args.out / "rare_rows.md").write_text(text + "\n")
     return text
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import rare_rows
 from compare_report import several_splits
-from compare_runs import guarded
+from compare_runs import command_line, guarded
 from compare_tables import by_split, differences, edges, qualities, runs
 from config import UsageError
 from evidence import Evidence, Missing
@@ -83,10 +83,7 @@ def run(args: argparse.Namespace) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],  # type: ignore[union-attr]
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    p = command_line(__doc__)
     p.add_argument("--page", type=Path, default=ROOT / "README.md")
     p.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
     return p.parse_args(argv)

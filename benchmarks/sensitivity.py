@@ -26,6 +26,7 @@ from compare_runs import (
     Runner,
     add_arguments,
     check_arguments,
+    command_line,
     guarded,
     make_task,
     progress,
@@ -90,10 +91,7 @@ def tables(heat: Heat, rows: list[Row], args: argparse.Namespace) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],  # type: ignore[union-attr]
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    p = command_line(__doc__)
     add_arguments(p, seeds=[42, 52])
     p.add_argument("--heat-workers", type=int, default=8, metavar="N", help="of the heat maps")
     p.add_argument("--workers", nargs="+", type=int, default=[2, 8, 32], metavar="N",

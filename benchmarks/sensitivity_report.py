@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import numpy as np
 from compare_runs import Row, badness
-from compare_tables import figure_form, quality, spread, table, unit
+from compare_tables import figure_form, quality, spread, unit
+from md_table import table
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

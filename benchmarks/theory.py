@@ -24,8 +24,9 @@ import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 import optax
-from compare_runs import guarded, progress, versions
-from compare_tables import spread, table
+from compare_runs import command_line, guarded, progress, versions
+from compare_tables import listed, spread
+from md_table import table
 
 import distlion_jax as dl
 
@@ -35,7 +36,7 @@ import matplotlib.pyplot as plt
 DECAY = 1.0
 vote = functools.partial(
     dl.distributed_lion, weight_decay=DECAY, transport="all_gather", health="off"
-)  # fmt: skip
+)
 METHODS: dict[str, Callable[[float], Any]] = {
     "D-Lion majority": vote,
     "D-Lion average": functools.partial(vote, aggregation="average"),
@@ -114,10 +115,7 @@ def report(rows: list[dict[str, Any]], setting: str, out: Path) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],  # type: ignore[union-attr]
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    p = command_line(__doc__)
     p.add_argument("--workers", nargs="+", type=int, default=[2, 4, 8, 16, 32, 64])
     p.add_argument("--seeds", nargs="+", type=int, default=[42, 52, 62])
     p.add_argument("--size", type=int, default=1024, help="coordinates")
@@ -144,11 +142,10 @@ def run(args: argparse.Namespace) -> str:
                     value = score(name, n, seed, args)
                     rows.append({"method": name, "workers": n, "seed": seed, "score": value})
                     bar.update(n * args.steps)
-    kinds = ", ".join(f"{k} {v}" for k, v in versions().items())
     setting = (
         f"{args.size:,} coordinates, noise {args.noise:g}, learning rate {args.learning_rate:g}, "
         f"{args.steps:,} steps, seeds {', '.join(map(str, args.seeds))}: mean ± standard "
-        f"deviation. {kinds}."
+        f"deviation. {listed(versions())}."
     )
     figures = {"setting": setting, "rows": rows}
     (args.out / "theory.json").write_text(json.dumps(figures, indent=1) + "\n")

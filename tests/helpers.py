@@ -2,7 +2,9 @@
 """Trees, gradients and ways to run n workers, shared by the tests."""
 
 import functools
+import importlib
 import socket
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from distlion_jax import reference, scale_by_distributed_lion, worker_mesh
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 # Small numbers with few bits: every blend and momentum is exact for a few steps, so that results
 # can be compared with ==, and exact zeros and ties are common.
@@ -134,3 +138,9 @@ def assert_equal_to_reference(tree, got, want):
             np.round(state.health.tied * size), round(verdict.tied * size)
         )
         np.testing.assert_allclose(state.health.margin, verdict.margin, rtol=1e-6)
+
+
+def benchmark(monkeypatch, name):
+    """A module of benchmarks/, which is no package."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module(name)

@@ -1,34 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Verdicts follow from results, and from nothing else."""
 
-import importlib
 import json
 import math
-from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-
-
-def load(monkeypatch, name):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module(name)
+from tests.helpers import BENCHMARKS, benchmark
 
 
 @pytest.fixture
 def tables(monkeypatch):
-    return load(monkeypatch, "compare_tables")
+    return benchmark(monkeypatch, "compare_tables")
 
 
 @pytest.fixture
 def evidence(monkeypatch):
-    return load(monkeypatch, "evidence")
+    return benchmark(monkeypatch, "evidence")
 
 
 @pytest.fixture
 def claims(monkeypatch):
-    return load(monkeypatch, "claims")
+    return benchmark(monkeypatch, "claims")
 
 
 def row(method, n, seed, value, task="text", **other):
@@ -158,6 +151,41 @@ def test_unlike_data_is_judged_by_the_figures(claims, evidence, tmp_path):
     assert "at iid / 0.25 / 0.05: D-Lion majority 80.0 / 60.0 / 50.0; D-Lion" in text
     assert judged((0.8, 0.6, 0.5), (0.8, 0.6, 0.52))[0] == "it falls, and is not mended"
     assert judged((0.8, 0.8, 0.8), (0.8, 0.8, 0.8))[0] == "it does not fall"
+
+
+def test_rows_never_seen_are_told_in_sums_of_the_learning_rates(claims, evidence, tmp_path):
+    moves = {"Lion": (0.0, 0.0), "ties and zeros -1": (0.4, 0.6)}
+    rows = [
+        {"rule": rule, "width": 64, "seed": seed, "moved": [[0.0, value, 9.0]]}
+        for rule, values in moves.items()
+        for seed, value in enumerate(values)
+    ]
+    figures = {"learning_rates": 0.5, "rows": rows}
+    (tmp_path / "rare_rows.json").write_text(json.dumps(figures))
+    _, text = claims.rare(evidence.Evidence(tmp_path))
+    assert text.endswith(": Lion, width 64: 0.00, ties and zeros -1, width 64: 1.00")
+
+
+def test_best_rates_are_read_from_sensitivitys_results(monkeypatch, claims, evidence, tmp_path):
+    sensitivity = benchmark(monkeypatch, "sensitivity")
+    rows = []
+
+    def row_of(job, task):  # least at 2e-3
+        value = math.log(job.learning_rate / 2e-3) ** 2 + 1
+        rows.append(row(job.method, job.workers, job.seed, value, task=task) | job._asdict())
+        if task == "images":
+            rows[-1]["accuracy"] = 1 / value
+        return rows[-1]
+
+    for task in ("images", "text"):
+        sensitivity.measure(lambda job, task=task: row_of(job, task), sensitivity.parse([]))
+    lines = "\n".join(map(json.dumps, rows)) + "\n"
+    (tmp_path / "sensitivity.jsonl").write_text(lines)
+    _, text = claims.hyperparameters(evidence.Evidence(tmp_path))
+    assert "text: Lion 2.0e-03, 2.0e-03, 2.0e-03; D-Lion majority 2.0e-03" in text
+    (tmp_path / "sensitivity.jsonl").write_text("\n".join(lines.splitlines()[:-1]) + "\n")
+    with pytest.raises(evidence.Missing, match="D-Lion average"):
+        claims.hyperparameters(evidence.Evidence(tmp_path))
 
 
 def test_a_page_without_results_says_so(claims, evidence, tmp_path):

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The comparison: exact simulation, a fair search, results that are kept, and what it writes."""
 
-import importlib
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,29 +12,24 @@ import optax
 import pytest
 
 import distlion_jax as dl
+from tests.helpers import BENCHMARKS, benchmark
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 SIZE = {"steps": 3, "batch": 2, "layers": 1, "width": 32, "eval_rows": 32}
-
-
-def load(monkeypatch, name):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module(name)
 
 
 @pytest.fixture
 def train(monkeypatch):
-    return load(monkeypatch, "compare_train")
+    return benchmark(monkeypatch, "compare_train")
 
 
 @pytest.fixture
 def compare(monkeypatch):
-    return load(monkeypatch, "compare")
+    return benchmark(monkeypatch, "compare")
 
 
 @pytest.fixture
 def methods(monkeypatch):
-    return load(monkeypatch, "compare_methods").METHODS
+    return benchmark(monkeypatch, "compare_methods").METHODS
 
 
 @pytest.fixture
@@ -182,7 +175,7 @@ def test_a_split_that_cannot_be_is_said_at_once(tmp_path):
 
 
 def test_a_run_that_diverges_is_said_to(train, methods, task, monkeypatch):
-    tables = load(monkeypatch, "compare_tables")
+    tables = benchmark(monkeypatch, "compare_tables")
     long = task._replace(steps=60)
     result = train.Trainer(long, methods["SGD momentum"], 2).run(0, 1e9, 1e9)
     assert np.isnan(result.loss)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The network benchmark: real processes on shaped links, byte counts, and no trace left behind."""
 
-import importlib
 import json
 import os
 import shutil
@@ -9,11 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+from tests.helpers import BENCHMARKS, benchmark
+
 needs_root = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("tc") is None,
     reason="network namespaces need root and iproute2",
@@ -115,8 +114,7 @@ def test_peers_of_pytorch(tmp_path):
 
 def refused(monkeypatch, capsys, *flags, torch=True):
     """What network.py says of a command line that it does not take."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    network = importlib.import_module("network")
+    network = benchmark(monkeypatch, "network")
     monkeypatch.setattr(network, "has_torch", lambda: torch)
     with pytest.raises(SystemExit, match="2"):
         network.parse(list(flags))
@@ -135,8 +133,7 @@ def test_peers_need_pytorch_and_their_workload(monkeypatch, capsys):
 
 
 def test_crossovers_are_found_between_two_rates(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    report = importlib.import_module("network_report")
+    report = benchmark(monkeypatch, "network_report")
 
     def rows(**seconds):
         return {rate: {"seconds": [s]} for rate, s in seconds.items()}

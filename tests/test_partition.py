@@ -1,19 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The partitioner: equal shares, none twice, as skewed as alpha says."""
 
-import importlib
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+from tests.helpers import benchmark
 
 
 @pytest.fixture
 def partition(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("partition")
+    return benchmark(monkeypatch, "partition")
 
 
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 400))

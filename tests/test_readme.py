@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README says what is so: its code runs, its wire table is the ledger's."""
 
-import importlib
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.helpers import benchmark
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -44,8 +45,7 @@ def test_commands_are_complete():
 
 
 def test_tables_of_training_are_of_the_results_in_the_repository(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    readme = importlib.import_module("readme")
+    readme = benchmark(monkeypatch, "readme")
     ev = readme.Evidence(ROOT / "benchmarks/results")
     assert readme.fill(README, ev) == README
     stale = "<!-- results: NAME -->\nold\n<!-- end of results -->"

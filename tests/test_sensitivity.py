@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sensitivity, rare rows and theory: what is found is what is there, and the scripts run."""
 
-import importlib
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,23 +9,17 @@ import numpy as np
 import pytest
 
 import distlion_jax as dl
-
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-
-
-def load(monkeypatch, name):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module(name)
+from tests.helpers import benchmark
 
 
 @pytest.fixture
 def report(monkeypatch):
-    return load(monkeypatch, "sensitivity_report")
+    return benchmark(monkeypatch, "sensitivity_report")
 
 
 @pytest.fixture
 def rare(monkeypatch):
-    return load(monkeypatch, "rare_rows")
+    return benchmark(monkeypatch, "rare_rows")
 
 
 def test_vertex_finds_the_best_learning_rate(report):
@@ -76,7 +68,7 @@ def test_heat_table_reads_the_cells(report):
 
 
 def test_constant_votes_move_where_nobody_voted(monkeypatch):
-    make = load(monkeypatch, "constant_votes").constant_vote
+    make = benchmark(monkeypatch, "constant_votes").constant_vote
     gradients = jnp.array([[1.0, 0.0, 1.0, 0.0], [-1.0, 0.0, 1.0, 2.0]])  # tie, zeros, +1, one
 
     def moved(zero, tie):
@@ -125,7 +117,7 @@ def test_a_row_never_seen_stays_but_for_constants(rare, tmp_path):
 
 @pytest.mark.slow
 def test_sensitivity_runs_and_goes_on(monkeypatch, tmp_path):
-    script = load(monkeypatch, "sensitivity")
+    script = benchmark(monkeypatch, "sensitivity")
     monkeypatch.setattr(script, "RATES", (1e-3, 1e-2))
     monkeypatch.setattr(script, "DECAYS", (0.1,))
     monkeypatch.setattr(script, "BETAS", ((0.9, 0.99),))
@@ -143,7 +135,7 @@ def test_sensitivity_runs_and_goes_on(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_theory_runs(monkeypatch, tmp_path):
-    script = load(monkeypatch, "theory")
+    script = benchmark(monkeypatch, "theory")
     args = ["--workers", "2", "16", "--seeds", "1", "--size", "128", "--steps", "400",
             "--learning-rate", "5e-3", "--out", str(tmp_path)]  # fmt: skip
     assert "| D-Lion majority |" in script.run(script.parse(args))
@@ -168,5 +160,5 @@ def test_theory_runs(monkeypatch, tmp_path):
 )
 def test_bad_flags_get_one_clear_line(monkeypatch, capsys, name, flags, message):
     with pytest.raises(SystemExit):
-        load(monkeypatch, name).parse(flags)
+        benchmark(monkeypatch, name).parse(flags)
     assert message in capsys.readouterr().err.splitlines()[-1]
