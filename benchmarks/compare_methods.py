@@ -199,6 +199,24 @@ METHODS |= {
     "ties and zeros -1": _constant(-1, -1),
     "ties and zeros +1": _constant(1, 1),
 }
+
+
+def _smoothed_vote(decay: float) -> Method:
+    """A majority vote, and momentum on its verdicts: their moving average, the same everywhere."""
+    vote = METHODS["D-Lion majority"]
+
+    def make(rate: Any, weight_decay: Any, steps: int) -> Any:
+        del steps
+        direction = optax.chain(
+            dl.scale_by_distributed_lion(transport="all_gather", health="off"),
+            dl.replicated(optax.ema(decay)),
+        )
+        return _decoupled(direction, rate, weight_decay)
+
+    return vote._replace(make=make, learning_rate=2e-3, weight_decay=0.05)
+
+
+METHODS["D-Lion majority, vote EMA 0.9"] = _smoothed_vote(0.9)
 # For workers with unlike data.
 _NOISY = _vote(dl.distributed_lion, 3e-3, 0.1, noise=2.0)
 METHODS |= {

@@ -93,7 +93,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     p = command_line(__doc__)
     add_arguments(p, seeds=[42, 52])
-    p.add_argument("--heat-workers", type=int, default=8, metavar="N", help="of the heat maps")
+    p.add_argument("--heat-workers", type=int, default=4, metavar="N", help="of the heat maps")
     p.add_argument("--workers", nargs="+", type=int, default=[2, 8, 32], metavar="N",
                    help="for which the best learning rate is looked for")  # fmt: skip
     args = p.parse_args(argv)

@@ -7,6 +7,7 @@ Out: a jitted, buffer-donating ``step(params, state, batch) -> (params, state, m
 The pieces are :mod:`distlion_jax.mesh`'s, and can be put together otherwise in a few lines.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from distlion_jax import wire
@@ -164,14 +165,15 @@ def make_train_step(
     def run(params: Any, state: Any, batch: Any, rng: Any, extra: dict[str, Any]) -> Any:
         state_spec = state_specs(state, axis_name) if stacked else P()
         specs = (P(), state_spec, Metrics(P(), P(), (health,) * len(vote_health(state))))  # type: ignore[arg-type]
+        given = params, state, batch, rng, extra
+        in_specs = P(), state_spec, P(every), P(), by_worker
+        if AxisType.Explicit in mesh.axis_types:  # there, shard_map moves nothing by itself
+            places = jax.tree.map(functools.partial(NamedSharding, mesh), in_specs)
+            given = jax.sharding.reshard(given, places)
         sharded = jax.shard_map(
-            mapped,
-            mesh=mesh,
-            in_specs=(P(), state_spec, P(every), P(), by_worker),
-            out_specs=specs,
-            check_vma=check_vma,
+            mapped, mesh=mesh, in_specs=in_specs, out_specs=specs, check_vma=check_vma
         )
-        return sharded(params, state, batch, rng, extra)
+        return sharded(*given)
 
     jitted = jax.jit(run, donate_argnums=(0, 1) if donate else ())
     settle = _settler(mesh.devices.flat)

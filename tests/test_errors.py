@@ -66,6 +66,14 @@ def vote(
     return call
 
 
+def rank_of_another():
+    """PowerSGD of rank 2 goes on with a state of rank 1."""
+    g, one, two = jnp.ones((N, 24, 16)), *map(baselines.PowerSGD, (1, 2))
+    state = baselines.compressed_average(one).init(g[0])
+    update = baselines.compressed_average(two).update
+    return jax.eval_shape(jax.vmap(lambda g: update(g, state)[0], axis_name="data"), g)
+
+
 def step(batch=BATCH, state_workers=8, options=None, tx=None, **extra):
     """A step of 8 workers on a mesh."""
     tx = tx or dl.distributed_lion(0.1)
@@ -270,6 +278,7 @@ CASES = {
     "`warmup_steps` must be an int of at least 1; got 0.": dgc(warmup_steps=0),
     "`clip_norm` must be a number above 0, or None; got -1.": dgc(clip_norm=-1),
     "`rank` must lie in [1, 32768]; got 0.": lambda: baselines.PowerSGD(0),
+    "have shapes [(16, 1)]; PowerSGD(rank=2) needs [(16, 2)]. ... anew": rank_of_another,
     "`tx` holds a vote or an average over the workers, whose state is each": lambda: dl.replicated(
         dl.distributed_lion(0.1)
     ).init(PARAMS),

@@ -130,13 +130,17 @@ def test_dense_warm_up_then_votes(how):
 
 
 @pytest.mark.parametrize("how", HOW[:2])
-@pytest.mark.parametrize("sick", [None, 1, 4])
-def test_nodes_average_inside_and_vote_across(how, sick):
+@pytest.mark.parametrize(
+    ("sick", "kind"),
+    [(None, AxisType.Auto), (1, AxisType.Auto), (4, AxisType.Auto), (None, AxisType.Explicit)],
+)
+def test_nodes_average_inside_and_vote_across(how, sick, kind):
     """A fast inner axis: two nodes of four chips are two workers that see their nodes' means.
 
-    Sick chips are left out of the mean; a node of none but sick chips sits out.
+    Sick chips are left out of the mean; a node of none but sick chips sits out. Batches from NumPy
+    go where they belong on a mesh of either kind of axes.
     """
-    mesh = jax.make_mesh((2, 4), ("node", "chip"), (AxisType.Auto,) * 2)
+    mesh = jax.make_mesh((2, 4), ("node", "chip"), (kind,) * 2)
     options = {"axis_name": "node", "mean_axis_name": "chip"}
     data = batches()
     grads = [means(b, 2) for b in data]

@@ -90,6 +90,13 @@ class PowerSGD(Compressor):
         sides = [self._sides(x.shape) for x in leaves]
         matrices = [x.reshape(both) for x, both in zip(leaves, sides, strict=True) if both]
         rest = [x for x, both in zip(leaves, sides, strict=True) if both is None]
+        wanted, found = [(m.shape[1], self.rank) for m in matrices], [q.shape for q in memory]
+        if found != wanted:
+            raise ValueError(
+                f"the state's matrices Q have shapes {found}; PowerSGD(rank={self.rank}) needs "
+                f"{wanted}. A state of another rank or other parameters cannot be gone on with: "
+                "use that rank, or initialise anew."
+            )
         workers = wire.total(round_.weight, round_.axis_name).astype(jnp.float32)
 
         def average(arrays: list[Array]) -> list[Array]:
