@@ -150,7 +150,8 @@ def phase_two(ev: Evidence) -> Finding:
 
 def ties(ev: Evidence) -> Finding:
     """Constants for ties and zeros beside ours."""
-    names = ("D-Lion majority, coin", "ties -1", "ties and zeros -1", "ties and zeros +1")
+    rules = ("coin", "ties -1", "ties and zeros -1", "ties and zeros +1")
+    names = [f"{MAJORITY}, {rule}" for rule in rules]
     texts = [
         f"{name}: " + "; ".join(map(str, ev.beside(name, MAJORITY, "ties.jsonl"))) for name in names
     ]
@@ -278,13 +279,15 @@ OBJECTIONS: list[tuple[str, Find, str]] = [
      stated("open", "CIFAR-10 cannot be had offline: its files are read, and Fashion-MNIST stands "
             "in, in short runs. Compare orders, not levels"), COMPARE),
     ("What are sign(0) and ties?", all_of(ties, rare),
-     '`compare.py --methods "D-Lion majority" "D-Lion majority, coin" "ties -1" '
-     '"ties and zeros -1" "ties and zeros +1" --workers 4 8 --search-workers 4 --budget 6`, '
+     '`compare.py --methods "D-Lion majority" "D-Lion majority, coin" "D-Lion majority, ties -1" '
+     '"D-Lion majority, ties and zeros -1" "D-Lion majority, ties and zeros +1" --workers 4 8 '
+     '--search-workers 4 --budget 6 --start-from benchmarks/results/compare.jsonl`, '
      "`rare_rows.py`"),
     ("Non-i.i.d. and federated data", unlike,
      '`compare.py --splits 100 0.25 0.05 --workers 10 --search-workers 10 --budget 6 --methods '
      '"D-Lion majority" "D-Lion average" "D-Lion majority, noise 2" "D-Lion majority, sync 16" '
-     '"D-Lion majority, noise 2, sync 16" Lion AdamW EF-signSGD`'),
+     '"D-Lion majority, noise 2, sync 16" Lion AdamW EF-signSGD '
+     '--start-from benchmarks/results/compare.jsonl`'),
     ("There is no code", stated("yes", "This repository"), "README"),
 ]  # fmt: skip
 

@@ -100,6 +100,14 @@ def draw_splits(task: Task, args: argparse.Namespace) -> None:
         partition.picture(task.data.groups, unlike, args.out / f"{task.name}_who.png")
 
 
+def beginning(earlier: dict[tuple[str, str], Place], task: str, method: str) -> Place:
+    """The rates that a method's search begins at; those of "METHOD, VARIANT" are METHOD's."""
+    for name in (method, method.split(",")[0]):
+        if (task, name) in earlier:
+            return earlier[task, name]
+    return METHODS[method].learning_rate, METHODS[method].weight_decay
+
+
 def compare(runner: Runner, args: argparse.Namespace) -> list[Row]:
     """The search of every method, then all runs, one number of workers after the other."""
     try:  # a split that cannot be, before any time is spent
@@ -111,8 +119,7 @@ def compare(runner: Runner, args: argparse.Namespace) -> list[Row]:
     pairs = list(itertools.product(args.splits, args.methods))
     found = {}
     for split, method in pairs:
-        usual = METHODS[method].learning_rate, METHODS[method].weight_decay
-        rates = args.start_from.get((runner.task.name, method), usual)
+        rates = beginning(args.start_from, runner.task.name, method)
         start = Job("trial", split, method, args.search_workers, SEARCH_SEEDS[0], *rates)
         found[split, method] = best(runner, start, args.budget)
     rows = []
@@ -166,7 +173,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=_chosen,
         default={},
         metavar="RESULTS",
-        help="begin each search at the rates that this file's i.i.d. runs have",
+        help="begin each search at the rates of this file's i.i.d. runs, that of a variant at its "
+        "method's",
     )
     args = p.parse_args(argv)
     if min(args.workers) < 2 or args.search_workers < 2:

@@ -158,7 +158,7 @@ def lion_family(b1: float = 0.9, b2: float = 0.99) -> dict[str, Method]:
         "Lion": _dense(Optimizer(lambda: optax.scale_by_lion(b1, b2), 1e-3, 0.1)),
         "D-Lion majority": _vote(vote, 1e-3, 0.1),
         "D-Lion majority, coin": _vote(vote, 1e-3, 0.1, ties="coin"),
-        "ties -1": _constant(0, -1, b1, b2),
+        "D-Lion majority, ties -1": _constant(0, -1, b1, b2),
         "D-Lion average": _vote(vote, 2e-3, 0.05, aggregation="average"),
     }
 
@@ -195,9 +195,9 @@ DEFAULT = tuple(name for name in METHODS if "bf16" not in name and "rank" not in
 METHODS |= {
     "D-Lion majority, coin": LION["D-Lion majority, coin"],
     "D-Lion majority, ternary": _vote(dl.distributed_lion, 1e-3, 0.1, ballot="ternary"),
-    "ties -1": LION["ties -1"],
-    "ties and zeros -1": _constant(-1, -1),
-    "ties and zeros +1": _constant(1, 1),
+    "D-Lion majority, ties -1": LION["D-Lion majority, ties -1"],
+    "D-Lion majority, ties and zeros -1": _constant(-1, -1),
+    "D-Lion majority, ties and zeros +1": _constant(1, 1),
 }
 
 

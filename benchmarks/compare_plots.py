@@ -21,17 +21,31 @@ COLOURS = {
     "compressed": "Oranges",
 }
 MARKERS = "os^Dv<>Pp*Xhd"
+THICK = ("D-Lion majority", "D-Lion average")
 
 
 def _styles(names: list[str]) -> dict[str, dict[str, Any]]:
-    """A hue a group, a marker a method."""
+    """A hue a group, a marker a method; Distributed Lion's lines are thick, and lie above."""
     out = {}
     for group, colours in COLOURS.items():
         mine = [name for name in names if METHODS[name].group == group]
         for i, name in enumerate(mine):
-            shade = 0.45 + 0.5 * (i + 1) / len(mine)
-            out[name] = {"color": mpl.colormaps[colours](shade), "marker": MARKERS[i % 13]}
+            shade = 1.0 - 0.6 * i / len(mine)
+            thick = name in THICK
+            out[name] = {
+                "color": mpl.colormaps[colours](shade),
+                "marker": MARKERS[i % 13],
+                "linewidth": 2.6 if thick else 1.1,
+                "markersize": 7 if thick else 5,
+                "zorder": 3 if thick else 2,
+            }
     return out
+
+
+def _plain_log(axis: Any) -> None:
+    """Powers of two with a tick each, and numbers as people write them."""
+    axis.axes.set_xscale("log", base=2)
+    axis.set_major_formatter("{x:g}")
 
 
 def _figure(title: str, draw: Callable[[Any], None], file: Path) -> None:
@@ -58,7 +72,7 @@ def _line(axes: Any, name: str, x: list[Any], some: list[dict[int, Row]], **styl
     label = f"{name} (diverged: {lost})" if lost else name
     if points:
         means, errors = zip(*points, strict=True)
-        axes.errorbar(x, means, errors, label=label, capsize=2, linewidth=1.2, **style)
+        axes.errorbar(x, means, errors, label=label, capsize=2, **style)
 
 
 def plots(found: Found, task: str, out: Path, stem: str) -> None:
@@ -82,8 +96,7 @@ def plots(found: Found, task: str, out: Path, stem: str) -> None:
             some = found[name, ns[-1]]
             bits = next(iter(some.values()))["bits"]
             _line(axes, name, [bits], [some], linestyle="", **styles[name])
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
+        _plain_log(axes.xaxis)
         axes.set_xlabel("bits received by each worker, a parameter and step")
         axes.set_ylabel(unit(task))
 
@@ -96,10 +109,9 @@ def plots(found: Found, task: str, out: Path, stem: str) -> None:
             whole = min(len(row["curve"]) for row in some)
             curve = np.mean([row["curve"][:whole] for row in some], axis=0)
             steps = some[0]["steps"] * (np.arange(whole) + 1) / len(some[0]["curve"])
-            style = {"color": styles[name]["color"], "marker": styles[name]["marker"]}
-            axes.plot(steps * some[0]["bytes"] / 1e6, curve, label=name, markevery=10, **style)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
+            received = steps * some[0]["bytes"] / 1e6
+            axes.plot(received, curve, label=name, markevery=10, **styles[name])
+        _plain_log(axes.xaxis)
         axes.set_xlabel(f"received by each of {n} workers, MB")
         axes.set_ylabel("training loss, nats")
 

@@ -38,8 +38,8 @@ import matplotlib.pyplot as plt
 RULES: dict[str, Method] = {
     "D-Lion majority": METHODS["D-Lion majority"],
     "D-Lion majority, ternary ballot": METHODS["D-Lion majority, ternary"],
-    "ties and zeros -1": METHODS["ties and zeros -1"],
-    "ties and zeros +1": METHODS["ties and zeros +1"],
+    "ties and zeros -1": METHODS["D-Lion majority, ties and zeros -1"],
+    "ties and zeros +1": METHODS["D-Lion majority, ties and zeros +1"],
     "Lion, full precision": METHODS["Lion"],
 }
 SEEN = (0, 1, 3, 10, 30, 100, 1000)  # bounds of the groups of words, by how often they were seen

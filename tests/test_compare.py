@@ -132,14 +132,16 @@ def test_a_second_run_measures_nothing_and_says_the_same(tmp_path):
     assert "| less Lion |" in first.stdout
     for plot in ("workers", "bits", "bytes"):
         assert (tmp_path / f"text_{plot}.png").stat().st_size > 10_000
-    chosen = {(r["method"], r["learning_rate"], r["weight_decay"])
+    chosen = {r["method"]: (r["learning_rate"], r["weight_decay"])
               for r in map(json.loads, lines) if r["kind"] == "run"}  # fmt: skip
+    chosen["D-Lion majority, coin"] = chosen["D-Lion majority"]  # a variant
+    methods = ["--methods", *chosen]
     fourth = start(
         tmp_path / "on", *ARGUMENTS, *methods, "--budget", "1", "--start-from", str(file)
     )
     assert fourth.returncode == 0, fourth.stderr
     rows = [json.loads(x) for x in (tmp_path / "on/results.jsonl").read_text().splitlines()]
-    assert {(r["method"], r["learning_rate"], r["weight_decay"]) for r in rows} == chosen
+    assert {r["method"]: (r["learning_rate"], r["weight_decay"]) for r in rows} == chosen
 
 
 @pytest.mark.parametrize(
