@@ -96,6 +96,13 @@ def names_of(found: Iterable[tuple[str, int]]) -> list[str]:
     return [name for name in METHODS if name in have]
 
 
+def score(found: Found, method: str, n: int, task: str) -> str:
+    """Quality of a method at a number of workers: mean and standard deviation over seeds."""
+    if (method, n) not in found:
+        return "not run"
+    return spread([quality(row) for row in found[method, n].values()], figure_form(task))
+
+
 def qualities(found: Found, task: str, edge: dict[str, set[str]]) -> str:
     """A row a method: bits, chosen rates, and quality by number of workers."""
     ns = sorted({n for _, n in found})
@@ -107,11 +114,7 @@ def qualities(found: Found, task: str, edge: dict[str, set[str]]) -> str:
     head += ["learning rate", "weight decay"]
 
     def line(name: str) -> list[str]:
-        cells = [
-            spread([quality(r) for r in found[name, n].values()], figure_form(task))
-            if (name, n) in found else "not run"
-            for n in ns
-        ]  # fmt: skip
+        cells = [score(found, name, n, task) for n in ns]
         some = {n: next(iter(found[name, n].values())) for n in ns if (name, n) in found}
         bits = [f"{some[n]['bits']:.2f}" if n in some else "" for n in ns[:: len(ns) - 1 or 1]]
         one = next(iter(some.values()))
@@ -179,10 +182,6 @@ def by_split(found: dict[str, Found], task: str, n: int) -> str:
     splits = sorted(found, key=skew_of)
     names = names_of(key for some in found.values() for key in some)
 
-    def cell(name: str, split: str) -> str:
-        if (name, n) not in found[split]:
-            return "not run"
-        return spread([quality(r) for r in found[split][name, n].values()], figure_form(task))
-
     head = [f"n = {n}", *map(titled, splits)]
-    return table(head, ([name, *(cell(name, split) for split in splits)] for name in names))
+    body = ([name, *(score(found[split], name, n, task) for split in splits)] for name in names)
+    return table(head, body)

@@ -9,33 +9,52 @@ A table stands between ``<!-- results: NAME -->`` and ``<!-- end of results -->`
 import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import rare_rows
 from compare_report import several_splits
 from compare_runs import command_line, guarded
-from compare_tables import by_split, differences, edges, qualities, runs
+from compare_tables import by_split, edges, names_of, qualities, runs, score
 from config import UsageError
-from evidence import Evidence, Missing
+from evidence import UNITS, Evidence, Missing
+from md_table import table
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- results: (.*?) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
-def compared(name: str, task: str) -> Callable[[Evidence], str]:
-    """Quality by number of workers."""
+def compared(name: str, *numbers: int) -> Callable[[Evidence], str]:
+    """Quality on images and text by number of workers, and bits at the middle one of them."""
+    middle = numbers[len(numbers) // 2]
+
+    def write(ev: Evidence) -> str:
+        found = {task: ev.runs(task, name=name) for task in UNITS}
+        columns = [(task, n) for task in UNITS for n in numbers]
+
+        def cells(method: str) -> Iterator[str]:
+            some = next(x[method, middle] for x in found.values() if (method, middle) in x)
+            yield f"{next(iter(some.values()))['bits']:.1f}"
+            for task, n in columns:
+                yield score(found[task], method, n, task)
+
+        heads = [f"{'%' if task == 'images' else 'nats'}, n = {n}" for task, n in columns]
+        methods = names_of(key for some in found.values() for key in some)
+        return table(
+            ["method", f"bits, n = {middle}", *heads], ([name, *cells(name)] for name in methods)
+        )
+
+    return write
+
+
+def one_task(name: str, task: str) -> Callable[[Evidence], str]:
+    """Quality by number of workers, bits and rates."""
 
     def write(ev: Evidence) -> str:
         rows = ev.rows(name)
         return qualities(runs(rows, task, "iid"), task, edges(rows, task, "iid"))
 
     return write
-
-
-def paired(name: str, task: str) -> Callable[[Evidence], str]:
-    """Differences to full-precision Lion."""
-    return lambda ev: differences(ev.runs(task, name=name), task)
 
 
 def unlike(task: str) -> Callable[[Evidence], str]:
@@ -49,11 +68,10 @@ def unlike(task: str) -> Callable[[Evidence], str]:
 
 
 TABLES: dict[str, Callable[[Evidence], str]] = {
-    "compare, text": compared("compare.jsonl", "text"),
-    "compare, images": compared("compare.jsonl", "images"),
-    "ties, text": compared("ties.jsonl", "text"),
-    "ties, images": compared("ties.jsonl", "images"),
-    "long, text": compared("long.jsonl", "text"),
+    "compare": compared("compare.jsonl", 4, 8, 32),
+    "ties": compared("ties.jsonl", 4, 8),
+    "gap": one_task("gap.jsonl", "text"),
+    "long": one_task("long.jsonl", "text"),
     "unlike, images": unlike("images"),
     "unlike, text": unlike("text"),
     "rare rows": lambda ev: rare_rows.as_table(ev.json("rare_rows.json")),
