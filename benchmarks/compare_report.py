@@ -25,6 +25,7 @@ from compare_tables import (
     listed,
     qualities,
     runs,
+    seeds_of,
     setting,
     unit,
 )
@@ -55,14 +56,13 @@ def tables(rows: list[Row]) -> str:
     parts = []
     for task, split, found in sections(rows):
         one = next(iter(next(iter(found.values())).values()))
-        seeds = sorted({seed for some in found.values() for seed in some})
         parts += [
             f"## {task}, {split}: {unit(task)}",
             f"{one['parameters']:,} parameters; {setting(one['setting'])}. Seeds "
-            + ", ".join(map(str, seeds))
-            + ": mean ± standard deviation. They set weights and batches; the random numbers of "
-            "methods are the same at each. Every other held-out row chose the rates, the others "
-            "are reported; (edge): the largest or smallest that the search tried. "
+            f"{seeds_of(found)}. Mean ± standard deviation over seeds, which set weights and "
+            "batches; the random numbers of methods are the same at each. Every other held-out row "
+            "chose the rates, the others are reported; (edge): the largest or smallest that the "
+            "search tried. "
             f"{listed(one['versions'])}.",
             qualities(found, task, edges(rows, task, split)),
             f"Paired by seed:\n\n{differences(found, task)}",

@@ -96,6 +96,19 @@ def names_of(found: Iterable[tuple[str, int]]) -> list[str]:
     return [name for name in METHODS if name in have]
 
 
+def seeds_of(found: Found) -> str:
+    """The seeds that all have, and who has more."""
+    common = set.intersection(*(set(some) for some in found.values()))
+    more: dict[tuple[tuple[int, ...], int], list[str]] = {}
+    for (name, n), some in found.items():
+        if extra := tuple(sorted(set(some) - common)):
+            more.setdefault((extra, n), []).append(name)
+    parts = [", ".join(map(str, sorted(common)))]
+    for (extra, n), names in more.items():
+        parts.append(f"at n = {n} also {', '.join(map(str, extra))} for {', '.join(names)}")
+    return "; ".join(parts)
+
+
 def score(found: Found, method: str, n: int, task: str) -> str:
     """Quality of a method at a number of workers: mean and standard deviation over seeds."""
     if (method, n) not in found:

@@ -29,8 +29,9 @@ def compared(name: str, *numbers: int) -> Callable[[Evidence], str]:
     middle = numbers[len(numbers) // 2]
 
     def write(ev: Evidence) -> str:
-        found = {task: ev.runs(task, name=name) for task in UNITS}
-        columns = [(task, n) for task in UNITS for n in numbers]
+        every = {task: runs(ev.rows(name), task, "iid") for task in UNITS}
+        found = {task: some for task, some in every.items() if some}
+        columns = [(task, n) for task in found for n in numbers]
 
         def cells(method: str) -> Iterator[str]:
             some = next(x[method, middle] for x in found.values() if (method, middle) in x)

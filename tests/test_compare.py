@@ -144,6 +144,16 @@ def test_a_second_run_measures_nothing_and_says_the_same(tmp_path):
     assert {r["method"]: (r["learning_rate"], r["weight_decay"]) for r in rows} == chosen
 
 
+def test_tables_say_who_has_more_seeds(monkeypatch):
+    tables = benchmark(monkeypatch, "compare_tables")
+    row = {"task": "images", "accuracy": 0.5, "bits": 1.0}
+    found = {("A", 4): {1: row, 2: row}, ("A", 8): {1: row, 2: row, 3: row}, ("B", 8): {1: row}}
+    said = "1; at n = 4 also 2 for A; at n = 8 also 2, 3 for A"
+    assert tables.seeds_of(found) == said
+    assert tables.score(found, "A", 4, "images") == "50.0 ± 0.0"
+    assert tables.score(found, "B", 4, "images") == "not run"
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
