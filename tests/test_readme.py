@@ -44,6 +44,15 @@ def test_commands_are_complete():
         assert command.startswith("python3 -m venv .venv && .venv/bin/pip install")
 
 
+def test_pages_of_results_are_of_the_results_in_the_repository(monkeypatch):
+    report = benchmark(monkeypatch, "compare_report")
+    pages = sorted((ROOT / "docs").glob("*/results.md"))
+    assert pages
+    for page in pages:
+        rows = report.read(ROOT / f"benchmarks/results/{page.parent.name}.jsonl")
+        assert page.read_text() == report.tables(rows) + "\n"
+
+
 def test_tables_of_training_are_of_the_results_in_the_repository(monkeypatch):
     readme = benchmark(monkeypatch, "readme")
     ev = readme.Evidence(ROOT / "benchmarks/results")
