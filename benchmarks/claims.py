@@ -310,8 +310,10 @@ def page(ev: Evidence) -> str:
 
 Written by `python benchmarks/claims.py` from [benchmarks/results](../benchmarks/results). Images:
 a small vision transformer on Fashion-MNIST, 500 steps. Text: a small transformer on Shakespeare's
-characters, 1,000 steps. Each method runs at the best rates of its own search. These are short runs
-of small models: they tell how methods rank there, and not at the paper's scale.
+characters, 1,000 steps. Each method runs at the best rates of its own search (`compare.py`: on
+images 12 trials, `--task images`; on text 20, `--task text --budget 20 --start-from
+benchmarks/results/compare_short.jsonl`). These are short runs of small models: they tell how
+methods rank there, and not at the paper's scale.
 
 Figures are gains, above 0 where the first method is better, over pairs of the same seed and number
 of workers, with 95 % intervals over seeds (Student's t; what a search's luck adds is not in them).

@@ -201,22 +201,13 @@ METHODS |= {
 }
 
 
-def _smoothed_vote(decay: float) -> Method:
+def _smoothed_vote(rate: Any, weight_decay: Any, **options: Any) -> Any:
     """A majority vote, and momentum on its verdicts: their moving average, the same everywhere."""
-    vote = METHODS["D-Lion majority"]
-
-    def make(rate: Any, weight_decay: Any, steps: int) -> Any:
-        del steps
-        direction = optax.chain(
-            dl.scale_by_distributed_lion(transport="all_gather", health="off"),
-            dl.replicated(optax.ema(decay)),
-        )
-        return _decoupled(direction, rate, weight_decay)
-
-    return vote._replace(make=make, learning_rate=2e-3, weight_decay=0.05)
+    vote = dl.scale_by_distributed_lion(**options)
+    return _decoupled(optax.chain(vote, dl.replicated(optax.ema(0.9))), rate, weight_decay)
 
 
-METHODS["D-Lion majority, vote EMA 0.9"] = _smoothed_vote(0.9)
+METHODS["D-Lion majority, vote EMA 0.9"] = _vote(_smoothed_vote, 2e-3, 0.05)
 # For workers with unlike data.
 _NOISY = _vote(dl.distributed_lion, 3e-3, 0.1, noise=2.0)
 METHODS |= {

@@ -42,10 +42,10 @@ def _styles(names: list[str]) -> dict[str, dict[str, Any]]:
     return out
 
 
-def _plain_log(axis: Any) -> None:
-    """Powers of two with a tick each, and numbers as people write them."""
-    axis.axes.set_xscale("log", base=2)
-    axis.set_major_formatter("{x:g}")
+def _log_x(axes: Any) -> None:
+    """Ticks at powers of two, in numbers as people write them."""
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
 
 
 def _figure(title: str, draw: Callable[[Any], None], file: Path) -> None:
@@ -84,8 +84,8 @@ def plots(found: Found, task: str, out: Path, stem: str) -> None:
         for name in names:
             mine = [n for n in ns if (name, n) in found]
             _line(axes, name, mine, [found[name, n] for n in mine], **styles[name])
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ns, [str(n) for n in ns])
+        _log_x(axes)
+        axes.set_xticks(ns)
         axes.set_xlabel("workers (each with its own batch)")
         axes.set_ylabel(unit(task))
 
@@ -96,7 +96,7 @@ def plots(found: Found, task: str, out: Path, stem: str) -> None:
             some = found[name, ns[-1]]
             bits = next(iter(some.values()))["bits"]
             _line(axes, name, [bits], [some], linestyle="", **styles[name])
-        _plain_log(axes.xaxis)
+        _log_x(axes)
         axes.set_xlabel("bits received by each worker, a parameter and step")
         axes.set_ylabel(unit(task))
 
@@ -111,7 +111,7 @@ def plots(found: Found, task: str, out: Path, stem: str) -> None:
             steps = some[0]["steps"] * (np.arange(whole) + 1) / len(some[0]["curve"])
             received = steps * some[0]["bytes"] / 1e6
             axes.plot(received, curve, label=name, markevery=10, **styles[name])
-        _plain_log(axes.xaxis)
+        _log_x(axes)
         axes.set_xlabel(f"received by each of {n} workers, MB")
         axes.set_ylabel("training loss, nats")
 

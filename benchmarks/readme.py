@@ -31,11 +31,13 @@ def compared(name: str, *numbers: int) -> Callable[[Evidence], str]:
     def write(ev: Evidence) -> str:
         every = {task: runs(ev.rows(name), task, "iid") for task in UNITS}
         found = {task: some for task, some in every.items() if some}
+        if not found:
+            raise Missing(f"a run of {name}")
         columns = [(task, n) for task in found for n in numbers]
 
         def cells(method: str) -> Iterator[str]:
-            some = next(x[method, middle] for x in found.values() if (method, middle) in x)
-            yield f"{next(iter(some.values()))['bits']:.1f}"
+            rows = [r for some in found.values() for r in some.get((method, middle), {}).values()]
+            yield f"{rows[0]['bits']:.1f}" if rows else "not run"
             for task, n in columns:
                 yield score(found[task], method, n, task)
 

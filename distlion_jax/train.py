@@ -103,7 +103,8 @@ def make_train_step(
       loss_fn: ``loss_fn(params, batch)``, or ``(params, batch, rng)`` when steps are given a key,
         to the mean loss over this worker's batch (or ``(loss, aux)`` with ``has_aux``).
       tx: a transformation built for the same ``axis_name``.
-      mesh: the mesh; its remaining axes, if any, must be ``mean_axis_name``.
+      mesh: the mesh, of Auto or Explicit axes; those beside ``axis_name``, if any, must be
+        ``mean_axis_name``.
       axis_name: the axis, or axes, that vote.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``; aux is a tree of numbers to average.
       mean_axis_name: fast inner axis, or axes, over which gradients are averaged in full precision

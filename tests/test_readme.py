@@ -53,7 +53,7 @@ def test_pages_of_results_are_of_the_results_in_the_repository(monkeypatch):
         assert page.read_text() == report.tables(rows) + "\n"
 
 
-def test_tables_of_training_are_of_the_results_in_the_repository(monkeypatch):
+def test_tables_of_training_are_of_the_results_in_the_repository(monkeypatch, tmp_path):
     readme = benchmark(monkeypatch, "readme")
     ev = readme.Evidence(ROOT / "benchmarks/results")
     assert readme.fill(README, ev) == README
@@ -62,3 +62,6 @@ def test_tables_of_training_are_of_the_results_in_the_repository(monkeypatch):
         readme.fill(stale, ev)
     with pytest.raises(readme.UsageError, match=r"'rare rows': rare_rows\.json is missing in "):
         readme.fill(stale.replace("NAME", "rare rows"), readme.Evidence(ROOT))
+    (tmp_path / "compare.jsonl").touch()
+    with pytest.raises(readme.UsageError, match=r"'compare': a run of compare\.jsonl is missing"):
+        readme.fill(stale.replace("NAME", "compare"), readme.Evidence(tmp_path))
