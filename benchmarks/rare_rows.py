@@ -192,7 +192,7 @@ def draw(figures: dict[str, Any], file: Path) -> None:
     axes.set_ylabel("how far its row moved (root mean square)")
     axes.set_title(f"Rows of an untied embedding, {first} wide: median and quartiles")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 0.25), frameon=False, fontsize=8)
     figure.savefig(file, dpi=130)
     plt.close(figure)
 
