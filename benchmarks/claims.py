@@ -212,7 +212,7 @@ def hyperparameters(ev: Evidence) -> Finding:
                 return row
             raise Missing(str(job))
 
-        _, by_workers = sensitivity.measure(row_of, args)
+        _, by_workers = sensitivity.measure(task, row_of, args)
         found = []
         for name in sensitivity.FOLLOWED:
             points = [sensitivity_report.by_rate(by_workers, name, n) for n in args.workers]
@@ -274,7 +274,7 @@ OBJECTIONS: list[tuple[str, Find, str]] = [
      stated("see", "Every method has a search of its own, of the same number of trials; rates at "
             "an edge of it are marked"), COMPARE),
     ("How sensitive is it to hyperparameters?", hyperparameters,
-     "`python benchmarks/sensitivity.py`; README, What to tune"),
+     "`python benchmarks/sensitivity.py --steps 500`; README, What to tune"),
     ("The CIFAR-10 figures look low",
      stated("open", "CIFAR-10 cannot be had offline: its files are read, and Fashion-MNIST stands "
             "in, in short runs. Compare orders, not levels"), COMPARE),

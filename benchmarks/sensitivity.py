@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How quality depends on what one sets: heat maps, and the best learning rate by workers.
 
-    python benchmarks/sensitivity.py --task text          # hours on 2 cores
+    python benchmarks/sensitivity.py --steps 500          # what docs/sensitivity shows: hours
     python benchmarks/sensitivity.py --size quick         # a look
 
 First every learning rate with every weight decay and pair (b1, b2), for full-precision Lion, for
@@ -34,8 +34,9 @@ from compare_runs import (
 from compare_tables import setting, unit
 from sensitivity_report import Cell, Heat, best
 
-RATES, DECAYS = (3e-4, 1e-3, 3e-3, 1e-2), (0.03, 0.3, 3.0)
-BETAS = ((0.9, 0.99), (0.95, 0.98), (0.99, 0.99), (0.5, 0.9))  # the first is the default
+RATES = {"images": (3e-4, 1e-3, 3e-3, 1e-2), "text": (1.5e-3, 5e-3, 1.5e-2, 5e-2)}
+DECAYS = (0.1, 0.4, 1.6, 6.4)
+BETAS = ((0.9, 0.99), (0.95, 0.98), (0.8, 0.95))  # the first is the default
 AROUND = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the best learning rate
 FOLLOWED = ("Lion", "D-Lion majority", "D-Lion average")  # by number of workers
 
@@ -54,20 +55,22 @@ def methods() -> dict[str, Method]:
     }
 
 
-def heat_cells() -> list[Cell]:
+def heat_cells(task: str) -> list[Cell]:
     """All places, in an order that compiles each program once."""
-    grid = itertools.product(LION, BETAS, RATES, DECAYS)
+    grid = itertools.product(LION, BETAS, RATES[task], DECAYS)
     return [Cell(name, *betas, rate, decay) for name, betas, rate, decay in grid]
 
 
-def measure(row_of: Callable[[Job], Row], args: argparse.Namespace) -> tuple[Heat, list[Row]]:
+def measure(
+    task: str, row_of: Callable[[Job], Row], args: argparse.Namespace
+) -> tuple[Heat, list[Row]]:
     """The heat maps' rows, then those by number of workers; ``row_of`` trains, or looks up."""
 
     def do(cell: Cell, n: int, seed: int) -> Row:
         name = named(cell.method, cell.b1, cell.b2)
         return row_of(Job("run", "iid", name, n, seed, cell.rate, cell.decay))
 
-    heat = {cell: do(cell, args.heat_workers, args.seeds[0]) for cell in heat_cells()}
+    heat = {cell: do(cell, args.heat_workers, args.seeds[0]) for cell in heat_cells(task)}
     rows = []
     for n, name in itertools.product(args.workers, FOLLOWED):
         start = best(heat, name, BETAS[0])
@@ -109,12 +112,12 @@ def run(args: argparse.Namespace) -> str:
     args.out.mkdir(parents=True, exist_ok=True)
     results = Results(args.out / "results.jsonl")
     parts = []
-    each = len(heat_cells()) * args.heat_workers
-    each += sum(args.workers) * len(FOLLOWED) * len(AROUND) * len(args.seeds)
+    by_workers = sum(args.workers) * len(FOLLOWED) * len(AROUND) * len(args.seeds)
     for name in args.task:
         task = make_task(args, name)
+        each = len(heat_cells(name)) * args.heat_workers + by_workers
         with progress(task.steps * each) as bar:
-            heat, rows = measure(Runner(task, methods(), results, bar).do, args)
+            heat, rows = measure(name, Runner(task, methods(), results, bar).do, args)
         sensitivity_report.draw_heat(heat, name, args.heat_workers, args.out / f"{name}_heat.png")
         sensitivity_report.draw_rates(rows, name, args.out / f"{name}_rates.png")
         parts.append(tables(heat, rows, args))

@@ -178,7 +178,7 @@ def test_best_rates_are_read_from_sensitivitys_results(monkeypatch, claims, evid
         return rows[-1]
 
     for task in ("images", "text"):
-        sensitivity.measure(lambda job, task=task: row_of(job, task), sensitivity.parse([]))
+        sensitivity.measure(task, lambda job, task=task: row_of(job, task), sensitivity.parse([]))
     lines = "\n".join(map(json.dumps, rows)) + "\n"
     (tmp_path / "sensitivity.jsonl").write_text(lines)
     _, text = claims.hyperparameters(evidence.Evidence(tmp_path))

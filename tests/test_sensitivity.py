@@ -118,7 +118,7 @@ def test_a_row_never_seen_stays_but_for_constants(rare, tmp_path):
 @pytest.mark.slow
 def test_sensitivity_runs_and_goes_on(monkeypatch, tmp_path):
     script = benchmark(monkeypatch, "sensitivity")
-    monkeypatch.setattr(script, "RATES", (1e-3, 1e-2))
+    monkeypatch.setattr(script, "RATES", {"text": (1e-3, 1e-2)})
     monkeypatch.setattr(script, "DECAYS", (0.1,))
     monkeypatch.setattr(script, "BETAS", ((0.9, 0.99),))
     args = ["--task", "text", "--size", "quick", "--steps", "2", "--workers", "2", "3",
