@@ -33,7 +33,9 @@ def compared(name: str, *numbers: int) -> Callable[[Evidence], str]:
         found = {task: some for task, some in every.items() if some}
         if not found:
             raise Missing(f"a run of {name}")
-        columns = [(task, n) for task in found for n in numbers]
+        columns = [
+            (task, n) for task in found for n in numbers if any(k == n for _, k in found[task])
+        ]
 
         def cells(method: str) -> Iterator[str]:
             rows = [r for some in found.values() for r in some.get((method, middle), {}).values()]
@@ -50,12 +52,12 @@ def compared(name: str, *numbers: int) -> Callable[[Evidence], str]:
     return write
 
 
-def one_task(name: str, task: str) -> Callable[[Evidence], str]:
+def one_task(name: str, task: str, split: str = "iid") -> Callable[[Evidence], str]:
     """Quality by number of workers, bits and rates."""
 
     def write(ev: Evidence) -> str:
         rows = ev.rows(name)
-        return qualities(runs(rows, task, "iid"), task, edges(rows, task, "iid"))
+        return qualities(runs(rows, task, split), task, edges(rows, task, split))
 
     return write
 
@@ -76,7 +78,7 @@ TABLES: dict[str, Callable[[Evidence], str]] = {
     "gap": one_task("gap.jsonl", "text"),
     "long": one_task("long.jsonl", "text"),
     "unlike, images": unlike("images"),
-    "unlike, text": unlike("text"),
+    "unlike, text": one_task("unlike.jsonl", "text", "groups"),
     "rare rows": lambda ev: rare_rows.as_table(ev.json("rare_rows.json")),
 }
 
