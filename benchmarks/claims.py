@@ -199,6 +199,12 @@ def unlike(ev: Evidence) -> Finding:
     )
 
 
+def works(ev: Evidence) -> Finding:
+    """The vote beside Lion, where each worker holds whole works."""
+    found = standing(ev.runs("text", "groups", "unlike.jsonl"), "text", MAJORITY, LION)
+    return found.word, f"{MAJORITY} beside {LION}, works to each worker: {found}"
+
+
 def hyperparameters(ev: Evidence) -> Finding:
     """Where the best learning rate lies, by number of workers."""
     import sensitivity
@@ -288,6 +294,10 @@ OBJECTIONS: list[tuple[str, Find, str]] = [
      '"D-Lion majority" "D-Lion average" "D-Lion majority, noise 2" "D-Lion majority, sync 16" '
      '"D-Lion majority, noise 2, sync 16" Lion AdamW EF-signSGD '
      '--start-from benchmarks/results/compare.jsonl`'),
+    ("(ours) And on text, where works are a natural split?", works,
+     '`compare.py --task text --splits groups --workers 10 --search-workers 10 --budget 6 '
+     '--methods "D-Lion majority" "D-Lion average" "D-Lion majority, sync 16" "D-Lion majority, '
+     'noise 2, sync 16" Lion AdamW --start-from benchmarks/results/compare.jsonl`'),
     ("There is no code", stated("yes", "This repository"), "README"),
 ]  # fmt: skip
 
