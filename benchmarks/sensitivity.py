@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How quality depends on what one sets: heat maps, and the best learning rate by workers.
 
-    python benchmarks/sensitivity.py --steps 500          # what docs/sensitivity shows: hours
+    python benchmarks/sensitivity.py --steps 500          # hours on 2 cores
     python benchmarks/sensitivity.py --size quick         # a look
 
 First every learning rate with every weight decay and pair (b1, b2), for full-precision Lion, for
