@@ -59,6 +59,11 @@ def nearby(best: Place, seen: dict[Place, float]) -> Place:
     raise AssertionError("the budget is larger than the grid")
 
 
+def tidy(rate: float) -> float:
+    """As many digits as tell jobs apart, so that a rate reached by two ways is one."""
+    return float(f"{rate:.6g}")
+
+
 def search(start: Job, budget: int, scores: dict[Place, float]) -> Iterator[tuple[Place, Job]]:
     """The trials of a method and their places, under which the caller notes how bad each was."""
     place: Place = (0.0, 0.0)
@@ -66,8 +71,8 @@ def search(start: Job, budget: int, scores: dict[Place, float]) -> Iterator[tupl
         yield (
             place,
             start._replace(
-                learning_rate=start.learning_rate * LEARNING_RATE_STEP ** place[0],
-                weight_decay=start.weight_decay * WEIGHT_DECAY_STEP ** place[1],
+                learning_rate=tidy(start.learning_rate * LEARNING_RATE_STEP ** place[0]),
+                weight_decay=tidy(start.weight_decay * WEIGHT_DECAY_STEP ** place[1]),
             ),
         )
         place = nearby(min(scores, key=lambda p: (scores[p], p)), scores)
@@ -147,13 +152,14 @@ def _chosen(file: str) -> dict[tuple[str, str], Place]:
         rows = read(Path(file))
     except UsageError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    if not rows:
-        raise argparse.ArgumentTypeError(f"{file} has no results")
-    return {
+    found = {
         (row["task"], row["method"]): (row["learning_rate"], row["weight_decay"])
         for row in rows
         if (row["kind"], row["split"]) == ("run", "iid")
     }
+    if not found:
+        raise argparse.ArgumentTypeError(f"{file} has no results of i.i.d. runs")
+    return found
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -113,7 +113,7 @@ def _dgc_cost(params: Any, n: int) -> dl.WireCost:
 def _vote(make: Callable[..., Any], rate: float, decay: float, **options: Any) -> Method:
     """A vote; simulated workers gather ballots, and the cost is of the transport with fewest bytes.
 
-    All transports give the same, bit for bit.
+    All transports give the same, bit for bit. The cost has the health figures, a step's default.
     """
 
     def build(schedule: Any, weight_decay: Any, steps: int) -> Any:
@@ -132,7 +132,8 @@ def _constant(zero: int, tie: int, b1: float = 0.9, b2: float = 0.99) -> Method:
         del steps
         return constant_vote(schedule, b1, b2, weight_decay, zero=zero, tie=tie)
 
-    cost = lambda params, n: dl.wire_cost(params, n, ties="coin")  # noqa: E731
+    ballot = "ternary" if zero == 0 else "binary"  # zeros that abstain take a second bit
+    cost = lambda params, n: dl.wire_cost(params, n, ties="coin", ballot=ballot)  # noqa: E731
     return Method(build, cost, 1e-3, 0.1, "constants")
 
 

@@ -22,6 +22,9 @@ COLOURS = {
 }
 MARKERS = "os^Dv<>Pp*Xhd"
 THICK = ("D-Lion majority", "D-Lion average")
+FEW = (  # what lines are drawn of where all would be too many
+    *THICK, "signSGD majority", "Lion", "AdamW", "QSGD + AdamW", "EF-signSGD", "PowerSGD + AdamW",
+)  # fmt: skip
 
 
 def _styles(names: list[str]) -> dict[str, dict[str, Any]]:
@@ -40,6 +43,16 @@ def _styles(names: list[str]) -> dict[str, dict[str, Any]]:
                 "zorder": 3 if thick else 2,
             }
     return out
+
+
+def _towards(task: str) -> str:
+    """What is drawn, and which way is better."""
+    return f"{unit(task)} ({'higher' if task == 'images' else 'lower'} is better)"
+
+
+def _few(names: list[str]) -> list[str]:
+    """All of them, or the chosen ones of many."""
+    return names if len(names) <= len(FEW) else [name for name in names if name in FEW]
 
 
 def _log_x(axes: Any) -> None:
@@ -81,13 +94,13 @@ def plots(found: Found, task: str, out: Path, stem: str) -> None:
     styles = _styles(names)
 
     def by_workers(axes: Any) -> None:
-        for name in names:
+        for name in _few(names):
             mine = [n for n in ns if (name, n) in found]
             _line(axes, name, mine, [found[name, n] for n in mine], **styles[name])
         _log_x(axes)
         axes.set_xticks(ns)
         axes.set_xlabel("workers (each with its own batch)")
-        axes.set_ylabel(unit(task))
+        axes.set_ylabel(_towards(task))
 
     def by_bits(axes: Any) -> None:
         for name in names:
@@ -98,11 +111,11 @@ def plots(found: Found, task: str, out: Path, stem: str) -> None:
             _line(axes, name, [bits], [some], linestyle="", **styles[name])
         _log_x(axes)
         axes.set_xlabel("bits received by each worker, a parameter and step")
-        axes.set_ylabel(unit(task))
+        axes.set_ylabel(_towards(task))
 
     def by_bytes(axes: Any) -> None:
         n = 8 if 8 in ns else ns[0]
-        for name in names:
+        for name in _few(names):
             some = list(found.get((name, n), {}).values())
             if not some:
                 continue
@@ -115,10 +128,12 @@ def plots(found: Found, task: str, out: Path, stem: str) -> None:
         axes.set_xlabel(f"received by each of {n} workers, MB")
         axes.set_ylabel("training loss, nats")
 
-    what = "Images" if task == "images" else "Text"
-    _figure(f"{what}: quality against workers", by_workers, out / f"{stem}_workers.png")
-    _figure(f"{what}: {ns[-1]} workers", by_bits, out / f"{stem}_bits.png")
-    _figure(f"{what}: training against bytes", by_bytes, out / f"{stem}_bytes.png")
+    for title, draw, name in (
+        ("quality against workers, mean ± standard deviation of seeds", by_workers, "workers"),
+        (f"{ns[-1]} workers, mean ± standard deviation of seeds", by_bits, "bits"),
+        ("training against bytes, mean of seeds", by_bytes, "bytes"),
+    ):
+        _figure(f"{task.capitalize()}: {title}", draw, out / f"{stem}_{name}.png")
 
 
 def plot_splits(found: dict[str, Found], task: str, n: int, file: Path) -> None:
@@ -133,7 +148,7 @@ def plot_splits(found: dict[str, Found], task: str, n: int, file: Path) -> None:
             _line(axes, name, mine, [found[splits[i]][name, n] for i in mine], **styles[name])
         axes.set_xticks(range(len(splits)), map(titled, splits))
         axes.set_xlabel("mix of labels over workers: the smaller alpha, the more unlike")
-        axes.set_ylabel(unit(task))
+        axes.set_ylabel(_towards(task))
 
-    what = "Images" if task == "images" else "Text"
-    _figure(f"{what}: {n} workers with unlike data", draw, file)
+    title = f"{n} workers with unlike data, mean ± standard deviation of seeds"
+    _figure(f"{task.capitalize()}: {title}", draw, file)

@@ -66,8 +66,9 @@ def tables(rows: list[Row]) -> str:
             f"{listed(one['versions'])}.",
             qualities(found, task, edges(rows, task, split)),
             f"Paired by seed:\n\n{differences(found, task)}",
-            f"Share of the steps to the same training loss:\n\n{equal_loss(found)}",
         ]
+        if split == "iid":  # unlike data: a loss of rows that workers do not choose alike
+            parts.append(f"Share of the steps to the same training loss:\n\n{equal_loss(found)}")
     for task, (n, found) in several_splits(rows).items():
         parts += [f"## {task}, by split: {unit(task)}", by_split(found, task, n)]
     return "\n\n".join(parts) or "no runs yet"

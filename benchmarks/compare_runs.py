@@ -71,8 +71,6 @@ class Results:
 
     def __init__(self, file: Path) -> None:
         self.file, self.rows = file, read(file)
-        if file.exists() and not (text := file.read_text()).endswith("\n"):
-            file.write_text(text[: text.rfind("\n") + 1])  # half a line, of who was killed
         self.known = {self._key(row): row for row in self.rows}
 
     @staticmethod
@@ -85,6 +83,8 @@ class Results:
 
     def add(self, row: Row) -> None:
         """Keeps a row, at once."""
+        if self.file.exists() and not (text := self.file.read_text()).endswith("\n"):
+            self.file.write_text(text[: text.rfind("\n") + 1])  # half a line, of who was killed
         with open(self.file, "a") as out:
             out.write(json.dumps(row) + "\n")
         self.rows.append(row)

@@ -42,7 +42,7 @@ def runs(rows: Iterable[Row], task: str, split: str) -> Found:
                 raise UsageError(f"{method!r} is no method of compare.py")
             out.setdefault((method, n), {})[row["seed"]] = row
             mixed.setdefault(("settings",), set()).add(row["setting"])
-            rates = row["learning_rate"], row["weight_decay"]
+            rates = f"{row['learning_rate']:.6g}, {row['weight_decay']:.6g}"
             mixed.setdefault(("rates of", method), set()).add(rates)
     for what, values in mixed.items():
         if len(values) > 1:

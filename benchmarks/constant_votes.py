@@ -2,8 +2,8 @@
 """The majority vote with constants for zeros and ties, as public implementations do it.
 
 Only to be compared with: it sums dense votes, where those implementations send bits. A worker's
-exact zero votes ``zero``, and a coordinate whose votes cancel moves by ``tie``: both -1 in the
-PyTorch code of kyleliang919, both +1 in that of signSGD with majority vote.
+exact zero votes ``zero``, and a coordinate whose votes cancel, or that has none, moves by ``tie``:
+both -1 in the PyTorch code of kyleliang919, both +1 in that of signSGD with majority vote.
 """
 
 import jax

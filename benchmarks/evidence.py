@@ -5,16 +5,16 @@ import functools
 import json
 import math
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from compare_runs import Results, Row
-from compare_tables import Found, quality, runs
+from compare_tables import Found, figure_form, quality, runs
 
 UNITS = {"images": "points", "text": "nats"}
 MARGIN = {"images": 0.5, "text": 0.02}  # two methods this close are level
 FAR = 4  # margins, "by a large margin"
+LEAST = 3  # seeds: fewer are no evidence
 # Student's t: half of a 95 % interval, by degrees of freedom.
 STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 
@@ -29,12 +29,15 @@ class Missing(Exception):
 
 
 class Standing(NamedTuple):
-    """A method beside another: gains are above 0 where it is better, points or nats."""
+    """A method beside another: gains are above 0 where it is better, points or nats.
+
+    Errors are halves of 95 % intervals over seeds.
+    """
 
     task: str
-    by_workers: dict[int, float]  # mean gain over seeds
-    gain: float  # mean over seeds of each seed's mean over numbers of workers
-    error: float  # half of a 95 % interval of it, over seeds
+    by_workers: dict[int, tuple[float, float]]  # mean gain, error: each over its own seeds
+    gain: float  # mean, over the seeds that all numbers of workers have, of each seed's mean
+    error: float
     diverged: tuple[int, int]  # runs of the method, of the other
 
     @property
@@ -50,19 +53,36 @@ class Standing(NamedTuple):
         return "undecided"
 
     @property
+    def on_par(self) -> bool | None:
+        """Not behind by more than the margin, for sure; False: behind by more; None: undecided."""
+        if any(self.diverged):
+            return {"behind": False, "ahead": True}.get(self.word)
+        if self.gain - self.error >= -MARGIN[self.task]:
+            return True
+        return False if self.gain + self.error < -MARGIN[self.task] else None
+
+    @property
     def far(self) -> bool:
         """Ahead by a large margin."""
         return self.word == "ahead" and not self.gain < FAR * MARGIN[self.task]
 
-    def __str__(self) -> str:
+    def figure(self, gain: float, error: float) -> str:
+        """A gain and its error."""
+        form = figure_form(self.task)
+        return f"{gain:+{form}} ± {error:{form}}"
+
+    @property
+    def short(self) -> str:
+        """The word and the gain."""
         if any(self.diverged):
-            return f"{self.task}: {self.word} (diverged: {self.diverged[0]}, {self.diverged[1]})"
-        form = "+.1f" if self.task == "images" else "+.3f"
-        each = ", ".join(format(gain, form) for gain in self.by_workers.values())
-        return (
-            f"{self.task}: {self.word} ({self.gain:{form}} ± {self.error:{form[1:]}} "
-            f"{UNITS[self.task]}; {each} at n = {', '.join(map(str, self.by_workers))})"
-        )
+            return f"{self.word} (diverged: {self.diverged[0]}, {self.diverged[1]})"
+        return f"{self.word} ({self.figure(self.gain, self.error)} {UNITS[self.task]})"
+
+    def __str__(self) -> str:
+        if any(self.diverged) or len(self.by_workers) == 1:
+            return f"{self.task}: {self.short}"
+        each = ", ".join(f"n = {n}: {self.figure(*one)}" for n, one in self.by_workers.items())
+        return f"{self.task}: {self.short[:-1]}; {each})"
 
 
 def standing(found: Found, task: str, method: str, base: str) -> Standing:
@@ -70,22 +90,24 @@ def standing(found: Found, task: str, method: str, base: str) -> Standing:
     sign = 1 if task == "images" else -1
     pairs = [(n, seed) for name, n in found if name == method
              for seed in found[name, n] if seed in found.get((base, n), {})]  # fmt: skip
-    if len({seed for _, seed in pairs}) < 2:
-        raise Missing(f"{method} beside {base}, {task}")
+    by_n = {n: {s for m, s in pairs if m == n} for n, _ in sorted(pairs)}
+    seeds = {n: some for n, some in by_n.items() if len(some) >= LEAST}
+    common = sorted(set.intersection(*seeds.values())) if seeds else []
+    if len(common) < LEAST:
+        raise Missing(f"{method} beside {base}, {task}: {LEAST} seeds of both")
+    pairs = [(n, seed) for n, seed in pairs if n in seeds]
     values = {(name, n, s): quality(found[name, n][s]) for name in (method, base) for n, s in pairs}
     lost = tuple(
         sum(not math.isfinite(values[name, n, s]) for n, s in pairs) for name in (method, base)
     )
     gains = {(n, s): sign * (values[method, n, s] - values[base, n, s]) for n, s in pairs}
 
-    def mean(keep: Callable[[int, int], bool]) -> float:
-        return statistics.mean(gain for (n, s), gain in gains.items() if keep(n, s))
+    def estimate(each: list[float]) -> tuple[float, float]:
+        return statistics.mean(each), math.nan if any(lost) else interval(each)
 
-    by_seed = [mean(lambda n, s, seed=seed: s == seed) for seed in sorted({s for _, s in pairs})]
-    workers = sorted({n for n, _ in pairs})
-    by_workers = {n: mean(lambda m, s, n=n: m == n) for n in workers}
-    error = math.nan if any(lost) else interval(by_seed)
-    return Standing(task, by_workers, statistics.mean(by_seed), error, (lost[0], lost[1]))
+    by_workers = {n: estimate([gains[n, s] for s in sorted(some)]) for n, some in seeds.items()}
+    whole = estimate([statistics.mean(gains[n, s] for n in seeds) for s in common])
+    return Standing(task, by_workers, *whole, (lost[0], lost[1]))
 
 
 class Evidence:

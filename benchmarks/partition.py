@@ -108,7 +108,7 @@ def picture(labels: np.ndarray, splits: dict[str, list[np.ndarray]], file: Path)
             share = np.array([(labels[rows] == name).mean() for rows in parts])
             axes.bar(range(len(parts)), share, bottom=bottom, color=colours[k], width=0.9)
             bottom += share
-        axes.set_title(f"{title}\nskew {skew(labels, parts):.2f}", fontsize=9)
+        axes.set_title(f"{title}\n{skew(labels, parts):.2f} from the whole's mix", fontsize=9)
         axes.set_xlabel("worker")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_ylabel("share of its rows, by label")

@@ -17,16 +17,16 @@ from compare_report import several_splits
 from compare_runs import command_line, guarded
 from compare_tables import by_split, edges, names_of, qualities, runs, score
 from config import UsageError
-from evidence import UNITS, Evidence, Missing
+from evidence import UNITS, Evidence, Missing, standing
 from md_table import table
 
 ROOT = Path(__file__).resolve().parent.parent
+SIGNS = {"images": "%", "text": "nats"}
 BLOCK = re.compile(r"(<!-- results: (.*?) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
-def compared(name: str, *numbers: int) -> Callable[[Evidence], str]:
-    """Quality on images and text by number of workers, and bits at the middle one of them."""
-    middle = numbers[len(numbers) // 2]
+def compared(name: str, numbers: tuple[int, ...], bits_at: int) -> Callable[[Evidence], str]:
+    """Bits, and quality on images and text by number of workers."""
 
     def write(ev: Evidence) -> str:
         every = {task: runs(ev.rows(name), task, "iid") for task in UNITS}
@@ -38,16 +38,42 @@ def compared(name: str, *numbers: int) -> Callable[[Evidence], str]:
         ]
 
         def cells(method: str) -> Iterator[str]:
-            rows = [r for some in found.values() for r in some.get((method, middle), {}).values()]
-            yield f"{rows[0]['bits']:.1f}" if rows else "not run"
+            for some in found.values():
+                rows = [*some.get((method, bits_at), {}).values()]
+                yield f"{rows[0]['bits']:.1f}" if rows else "not run"
             for task, n in columns:
                 yield score(found[task], method, n, task)
 
-        heads = [f"{'%' if task == 'images' else 'nats'}, n = {n}" for task, n in columns]
+        heads = [f"bits, {task}, n = {bits_at}" for task in found]
+        heads += [f"{SIGNS[task]}, n = {n}" for task, n in columns]
         methods = names_of(key for some in found.values() for key in some)
-        return table(
-            ["method", f"bits, n = {middle}", *heads], ([name, *cells(name)] for name in methods)
-        )
+        return table(["method", *heads], ([name, *cells(name)] for name in methods))
+
+    return write
+
+
+def gains(base: str, *others: str) -> Callable[[Evidence], str]:
+    """What others gain over a method, paired by seed, and half of a 95 % interval."""
+
+    def write(ev: Evidence) -> str:
+        found = {
+            (task, name): standing(ev.runs(task), task, name, base)
+            for task in UNITS
+            for name in others
+        }
+        columns = [
+            (task, n)
+            for task in UNITS
+            for n in sorted({n for name in others for n in found[task, name].by_workers})
+        ]
+
+        def cells(name: str) -> Iterator[str]:
+            for task, n in columns:
+                one = found[task, name].by_workers.get(n)
+                yield found[task, name].figure(*one) if one else ""
+
+        heads = [f"{UNITS[task]}, n = {n}" for task, n in columns]
+        return table([f"gain over {base}", *heads], ([name, *cells(name)] for name in others))
 
     return write
 
@@ -56,21 +82,36 @@ def one_task(name: str, task: str, split: str = "iid") -> Callable[[Evidence], s
     """Quality by number of workers, bits and rates."""
 
     def write(ev: Evidence) -> str:
-        rows = ev.rows(name)
-        return qualities(runs(rows, task, split), task, edges(rows, task, split))
+        found = ev.runs(task, split, name)
+        return qualities(found, task, edges(ev.rows(name), task, split))
 
     return write
 
 
 def unlike(ev: Evidence) -> str:
     """Quality on images by split."""
-    n, found = several_splits(ev.rows("unlike.jsonl"))["images"]
+    splits = several_splits(ev.rows("unlike.jsonl"))
+    if "images" not in splits:
+        raise Missing("several splits of images in unlike.jsonl")
+    n, found = splits["images"]
     return by_split(found, "images", n)
 
 
 TABLES: dict[str, Callable[[Evidence], str]] = {
-    "compare": compared("compare.jsonl", 4, 8, 32),
-    "ties": compared("ties.jsonl", 4, 8),
+    "compare": compared("compare.jsonl", (4, 8, 16, 32), 8),
+    "gains": gains(
+        "D-Lion majority",
+        "Lion",
+        "AdamW",
+        "D-Lion average",
+        "QSGD + AdamW",
+        "TernGrad + AdamW",
+        "EF-signSGD",
+        "signSGD majority",
+        "D-SIGNUM majority",
+        "PowerSGD + AdamW",
+    ),
+    "ties": compared("ties.jsonl", (4, 8), 8),
     "gap": one_task("gap.jsonl", "text"),
     "long": one_task("long.jsonl", "text"),
     "unlike, images": unlike,

@@ -5,10 +5,10 @@
     python benchmarks/sensitivity.py --size quick         # a look
 
 First every learning rate with every weight decay and pair (b1, b2), for full-precision Lion, for
-both aggregations and three ways to break ties, at one number of workers and the first seed. Then
-learning rates around the best one, at each number of workers with each seed. Results are kept as
-compare.py's are (a killed run goes on where it stopped): results.jsonl, results.md,
-TASK_heat.png, TASK_rates.png.
+both aggregations and three ways to break ties, at one number of workers, with one seed and the
+held-out rows that no result uses. The best of them then run with each seed. Last, learning rates
+around the best one, at each number of workers with each seed. Results are kept as compare.py's are
+(a killed run goes on where it stopped): results.jsonl, results.md, TASK_heat.png, TASK_rates.png.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from pathlib import Path
 import sensitivity_report
 from compare_methods import LION, Method, lion_family
 from compare_runs import (
+    SEARCH_SEEDS,
     Job,
     Results,
     Row,
@@ -31,8 +32,9 @@ from compare_runs import (
     make_task,
     progress,
 )
-from compare_tables import setting, unit
-from sensitivity_report import Cell, Heat, best
+from compare_tables import listed, setting, unit
+from evidence import Missing
+from sensitivity_report import Cell, Chosen, Heat, best, picks
 
 RATES = {"images": (3e-4, 1e-3, 3e-3, 1e-2), "text": (1.5e-3, 5e-3, 1.5e-2, 5e-2)}
 DECAYS = (0.1, 0.4, 1.6, 6.4)
@@ -63,33 +65,55 @@ def heat_cells(task: str) -> list[Cell]:
 
 def measure(
     task: str, row_of: Callable[[Job], Row], args: argparse.Namespace
-) -> tuple[Heat, list[Row]]:
-    """The heat maps' rows, then those by number of workers; ``row_of`` trains, or looks up."""
+) -> tuple[Heat, Chosen, list[Row]]:
+    """Rows of the heat maps, of their best places, and by number of workers.
 
-    def do(cell: Cell, n: int, seed: int) -> Row:
+    ``row_of`` trains, or looks up.
+    """
+
+    def do(kind: str, cell: Cell, n: int, seed: int) -> Row:
         name = named(cell.method, cell.b1, cell.b2)
-        return row_of(Job("run", "iid", name, n, seed, cell.rate, cell.decay))
+        return row_of(Job(kind, "iid", name, n, seed, cell.rate, cell.decay))
 
-    heat = {cell: do(cell, args.heat_workers, args.seeds[0]) for cell in heat_cells(task)}
+    n = args.heat_workers
+    heat = {cell: do("trial", cell, n, SEARCH_SEEDS[0]) for cell in heat_cells(task)}
+    of_interest = dict.fromkeys(cell for name in LION for cell in picks(heat, name))
+    chosen = {cell: [do("run", cell, n, seed) for seed in args.seeds] for cell in of_interest}
     rows = []
     for n, name in itertools.product(args.workers, FOLLOWED):
         start = best(heat, name, BETAS[0])
         for factor in AROUND:
             cell = start._replace(rate=start.rate * factor)
-            rows += [do(cell, n, seed) | {"method": name} for seed in args.seeds]
-    return heat, rows
+            rows += [do("run", cell, n, seed) | {"method": name} for seed in args.seeds]
+    return heat, chosen, rows
 
 
-def tables(heat: Heat, rows: list[Row], args: argparse.Namespace) -> str:
-    """What came out of one task."""
-    one = rows[0]
-    head = f"{setting(one['setting'])}. Seeds {', '.join(map(str, args.seeds))}; heat maps: the "
-    return "\n\n".join([
-        f"## {one['task']}: {unit(one['task'])}",
-        f"{head}first, {args.heat_workers} workers.",
-        sensitivity_report.heat_table(heat, one["task"]),
-        sensitivity_report.rate_table(rows, one["task"]),
-    ])  # fmt: skip
+def recall(results: Results, task: str) -> Callable[[Job], Row]:
+    """Looks rows up, without training."""
+
+    def row_of(job: Job) -> Row:
+        if row := results.find(job, task):
+            return row
+        raise Missing(str(job))
+
+    return row_of
+
+
+def tables(results: Results, args: argparse.Namespace) -> str:
+    """What came out of all tasks."""
+    parts = []
+    for task in args.task:
+        heat, chosen, rows = measure(task, recall(results, task), args)
+        head = f"{setting(rows[0]['setting'])}. Seeds {', '.join(map(str, args.seeds))}"
+        parts += [
+            f"## {task}: {unit(task)}",
+            f"{head}; the heat maps, which choose the best settings, have one of their own and "
+            f"other held-out rows. {listed(rows[0]['versions'])}.",
+            f"{args.heat_workers} workers:",
+            sensitivity_report.heat_table(heat, chosen, task),
+            sensitivity_report.rate_table(rows, task),
+        ]
+    return "\n\n".join(parts)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -111,17 +135,16 @@ def run(args: argparse.Namespace) -> str:
     """All tasks; the tables."""
     args.out.mkdir(parents=True, exist_ok=True)
     results = Results(args.out / "results.jsonl")
-    parts = []
     by_workers = sum(args.workers) * len(FOLLOWED) * len(AROUND) * len(args.seeds)
     for name in args.task:
         task = make_task(args, name)
-        each = len(heat_cells(name)) * args.heat_workers + by_workers
+        maps = len(heat_cells(name)) + 3 * len(LION) * len(args.seeds)  # about: places coincide
+        each = maps * args.heat_workers + by_workers
         with progress(task.steps * each) as bar:
-            heat, rows = measure(name, Runner(task, methods(), results, bar).do, args)
+            heat, _, rows = measure(name, Runner(task, methods(), results, bar).do, args)
         sensitivity_report.draw_heat(heat, name, args.heat_workers, args.out / f"{name}_heat.png")
         sensitivity_report.draw_rates(rows, name, args.out / f"{name}_rates.png")
-        parts.append(tables(heat, rows, args))
-    text = "\n\n".join(parts)
+    text = tables(results, args)
     (args.out / "results.md").write_text(text + "\n")
     return text
 

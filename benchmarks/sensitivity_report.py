@@ -32,12 +32,20 @@ class Cell(NamedTuple):
 
 
 Heat = dict[Cell, Row]
+Chosen = dict[Cell, list[Row]]  # a row a seed
 
 
 def best(heat: Heat, method: str, betas: tuple[float, float] | None = None) -> Cell:
     """The best place of a method, with given (b1, b2) or any."""
     mine = [c for c in heat if c.method == method and betas in (None, (c.b1, c.b2))]
     return min(mine, key=lambda c: badness(heat[c]))
+
+
+def picks(heat: Heat, method: str) -> tuple[Cell, Cell, Cell]:
+    """A method's best place with the usual (b1, b2), its best of all, and Lion's usual best."""
+    usual = betas_of(heat)[0]
+    of_lion = best(heat, "Lion", usual)
+    return best(heat, method, usual), best(heat, method), of_lion._replace(method=method)
 
 
 def axis(heat: Heat, name: str) -> list[Any]:
@@ -92,7 +100,7 @@ def draw_heat(heat: Heat, task: str, n: int, file: Path) -> None:
     for axes in panels[-1]:
         axes.set_xlabel("learning rate", fontsize=8)
     figure.colorbar(image, ax=panels, label=unit(task), shrink=0.6, extend="both")
-    figure.suptitle(f"{task}, {n} workers (bold: the best of a panel)", fontsize=10)
+    figure.suptitle(f"{task}, {n} workers, one seed (bold: the best of a panel)", fontsize=10)
     figure.savefig(file, dpi=130)
     plt.close(figure)
 
@@ -158,21 +166,26 @@ def draw_rates(rows: list[Row], task: str, file: Path) -> None:
     plt.close(figure)
 
 
-def heat_table(heat: Heat, task: str) -> str:
-    """What each method gets at its best, and what it loses at settings that it might be given."""
+def heat_table(heat: Heat, chosen: Chosen, task: str) -> str:
+    """What each method gets at the best settings of its map, and at settings it might be given.
+
+    Quality is of runs that chose nothing; how flat the map is, of the map itself.
+    """
     form, slack = figure_form(task), 1.0 if task == "images" else 0.05
     usual = betas_of(heat)[0]
-    of_lion = best(heat, "Lion", usual)
+
+    def figure(cell: Cell) -> str:
+        return spread([quality(row) for row in chosen[cell]], form)
 
     def line(name: str) -> list[str]:
-        place, anywhere = best(heat, name, usual), best(heat, name)
+        place, anywhere, lions = picks(heat, name)
         mine = [quality(row) for c, row in heat.items() if c[:3] == (name, *usual)]
         near = sum(abs(value - quality(heat[place])) <= slack for value in mine)
         return [
             name,
-            f"{quality(heat[place]):{form}} ({place.rate:g}, {place.decay:g})",
-            f"{quality(heat[anywhere]):{form}} ({', '.join(f'{x:g}' for x in anywhere[1:])})",
-            format(quality(heat[of_lion._replace(method=name)]), form),
+            f"{figure(place)} ({place.rate:g}, {place.decay:g})",
+            f"{figure(anywhere)} ({', '.join(f'{x:g}' for x in anywhere[1:])})",
+            figure(lions),
             f"{near} of {len(mine)}",
         ]
 
@@ -181,7 +194,7 @@ def heat_table(heat: Heat, task: str) -> str:
         "best (learning rate, weight decay)",
         "best of all (b1, b2, learning rate, weight decay)",
         "at Lion's best rates",
-        f"within {slack:g} of its best",
+        f"of its map within {slack:g} of the best",
     ]
     return table(head, map(line, axis(heat, "method")))
 

@@ -104,6 +104,7 @@ def report(rows: list[dict[str, Any]], setting: str, out: Path) -> str:
     axes.set_xticks(ns, [str(n) for n in ns])
     axes.set_xlabel("workers")
     axes.set_ylabel("mean KKT score a coordinate, last quarter")
+    axes.set_title(f"A noisy quadratic of {setting.partition(':')[0]}", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(out / "theory.png", dpi=130)

@@ -318,6 +318,26 @@ def test_dgc_that_sends_everything_has_no_momentum_left():
             np.testing.assert_allclose(mean[name][0], g[name].mean(0), atol=1e-5)
 
 
+def test_dgc_leaves_out_a_gradient_without_a_norm():
+    """An infinite norm would clip it to zeros, and zeros would be averaged in."""
+    first, *rest = draw(3)
+    first["b"][1] = 1e30
+    got = rounds_of(deep_gradient_compression(1.0, 0.9, clip_norm=1.0), [first, *rest])
+    voters = {k: np.delete(x, 1, axis=0) for k, x in first.items()}
+    norms = np.sqrt(sum((x**2).reshape(N - 1, -1).sum(1) for x in voters.values()))
+    scale = np.minimum(1.0, N**0.5 / norms)
+    for name in NAMES:
+        want = np.einsum("i,i...->...", scale, voters[name]) / (N - 1)
+        np.testing.assert_allclose(got[0][0][name][0], want, rtol=1e-4, atol=1e-6)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
+
+
+def test_top_k_sends_at_least_one_of_a_leaf():
+    g = {"a": np.array([[1.0, -3.0, 2.0, 0.5]] * N, np.float32)}
+    ((mean, _),) = rounds_of(compressed_average(TopK(1e-9)), [g], tree={"a": (4,)})
+    assert mean["a"][0].tolist() == [0, -3, 0, 0]
+
+
 # SignSGD and SIGNUM are votes.
 
 

@@ -61,8 +61,9 @@ def test_words_are_by_the_interval_and_the_margin(tables, evidence, word):
     assert list(got.by_workers) == [4, 8]
     back = evidence.standing(found, "text", "Lion", "AdamW")
     assert back.gain == pytest.approx(-got.gain)
-    assert str(got).startswith(f"text: {word} (")
-    assert " at n = 4, 8)" in str(got)
+    assert got.on_par is {"behind": False, "undecided": None}.get(word, True)
+    assert str(got).startswith(f"text: {got.short[:-1]}; n = 4: ")
+    assert got.short.startswith(f"{word} (")
 
 
 def test_intervals_are_over_seeds_not_over_all_pairs(tables, evidence):
@@ -78,8 +79,21 @@ def test_intervals_are_over_seeds_not_over_all_pairs(tables, evidence):
     assert got[0].word == "undecided"
 
 
+def test_seeds_that_some_have_count_where_they_ran_only(tables, evidence):
+    """Three seeds at n = 4, six at 8: a seed's mean over what it has would mix two quantities."""
+    losses = {
+        "Lion": {4: [2.0] * 3, 8: [2.0] * 6, 16: [2.0] * 2},
+        "AdamW": {4: [2.1, 2.2, 2.3], 8: [1.9, 1.9, 1.9, 1.7, 1.7, 1.7], 16: [9.0, 9.0]},
+    }
+    got = evidence.standing(tables.runs(rows_of(losses), "text", "iid"), "text", "AdamW", "Lion")
+    assert got.gain == pytest.approx((-0.2 + 0.1) / 2)
+    assert got.error == pytest.approx(4.30 * 0.05 / math.sqrt(3))
+    assert {n: round(gain, 6) for n, (gain, _) in got.by_workers.items()} == {4: -0.2, 8: 0.2}
+    assert got.by_workers[8][1] == pytest.approx(2.57 * 0.10954 / math.sqrt(6), rel=1e-3)
+
+
 def test_more_accuracy_is_ahead_and_less_loss_is(tables, evidence):
-    better = {"Lion": {4: [0.70, 0.71]}, "AdamW": {4: [0.80, 0.81]}}
+    better = {"Lion": {4: [0.70, 0.71, 0.72]}, "AdamW": {4: [0.80, 0.81, 0.82]}}
     found = tables.runs(rows_of(better, task="images"), "images", "iid")
     got = evidence.standing(found, "images", "AdamW", "Lion")
     assert (got.word, round(got.gain, 6), got.far) == ("ahead", 10.0, True)
@@ -95,9 +109,9 @@ def test_who_diverges_is_behind(tables, evidence):
     assert evidence.standing(found, "text", "Lion", "DGC").far
 
 
-def test_one_seed_is_no_evidence(tables, evidence):
-    found = tables.runs(rows_of({"Lion": {4: [2.0]}, "AdamW": {4: [1.0]}}), "text", "iid")
-    with pytest.raises(evidence.Missing, match="AdamW beside Lion, text"):
+def test_two_seeds_are_no_evidence(tables, evidence):
+    found = tables.runs(rows_of({"Lion": {4: [2.0] * 2}, "AdamW": {4: [1.0] * 2}}), "text", "iid")
+    with pytest.raises(evidence.Missing, match="AdamW beside Lion, text: 3 seeds of both"):
         evidence.standing(found, "text", "AdamW", "Lion")
 
 
@@ -141,16 +155,16 @@ def test_unlike_data_is_judged_by_the_figures(claims, evidence, tmp_path):
         rows = []
         for name, values in (("D-Lion majority", majority), ("D-Lion majority, sync 16", remedy)):
             for split, value in zip(("iid", "0.25", "0.05"), values, strict=True):
-                rows += [row(name, 10, s, value, task="images", split=split) for s in (1, 2)]
+                rows += [row(name, 10, s, value, task="images", split=split) for s in (1, 2, 3)]
         text = "\n".join(map(json.dumps, rows)) + "\n"
         (tmp_path / "unlike.jsonl").write_text(text)
         return claims.unlike(evidence.Evidence(tmp_path))
 
     verdict, text = judged((0.8, 0.6, 0.5), (0.8, 0.79, 0.78))
-    assert verdict == "it falls, and is mended"
+    assert verdict == "it falls, and is mended by sync 16"
     assert "at iid / 0.25 / 0.05: D-Lion majority 80.0 / 60.0 / 50.0; D-Lion" in text
     assert judged((0.8, 0.6, 0.5), (0.8, 0.6, 0.52))[0] == "it falls, and is not mended"
-    assert judged((0.8, 0.8, 0.8), (0.8, 0.8, 0.8))[0] == "it does not fall"
+    assert judged((0.8, 0.8, 0.8), (0.8, 0.8, 0.8))[0] == "it does not surely fall"
 
 
 def test_rows_never_seen_are_told_in_sums_of_the_learning_rates(claims, evidence, tmp_path):
@@ -191,7 +205,9 @@ def test_best_rates_are_read_from_sensitivitys_results(monkeypatch, claims, evid
 def test_a_page_without_results_says_so(claims, evidence, tmp_path):
     page = claims.page(evidence.Evidence(tmp_path))
     assert page.count("| not measured yet |") >= 10
-    losses = {name: {4: [2.0, 2.0], 8: [2.0, 2.0]} for name in ("Lion", "D-Lion majority")}
+    losses = {
+        name: {4: [2.0, 2.0, 2.0], 8: [2.0, 2.0, 2.0]} for name in ("Lion", "D-Lion majority")
+    }
     half = rows_of(losses, task="images")
     (tmp_path / "compare.jsonl").write_text("\n".join(map(json.dumps, half)) + "\n")
     assert claims.page(evidence.Evidence(tmp_path)) == page
@@ -210,4 +226,8 @@ def test_undecided_is_neither_for_nor_against(claims):
     assert claims.verdict([True, True]) == "holds"
     assert claims.verdict([False, False]) == "**does not hold here**"
     assert claims.verdict([None, None]) == "undecided"
-    assert {claims.verdict(x) for x in ([True, None], [False, None], [True, False])} == {"in part"}
+    assert {claims.verdict(x) for x in ([True, None], [True, False, None])} == {"in part"}
+    assert claims.verdict([False, None]) == "not shown"
+    words = [claims.stated(word, "") for word in ("**does not hold here**", "undecided", "holds")]
+    assert claims.all_of(*words[:2])(None)[0] == "not shown"
+    assert claims.all_of(*words)(None)[0] == "in part"

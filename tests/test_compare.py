@@ -97,6 +97,20 @@ def test_search_spends_its_budget_near_the_best(compare):
     assert best.weight_decay == pytest.approx(0.1)
 
 
+def test_half_a_line_goes_when_the_next_is_written_and_not_before(monkeypatch, tmp_path):
+    runs = benchmark(monkeypatch, "compare_runs")
+    whole = {"format": runs.FORMAT, "task": "text", "kind": "run", "split": "iid", "method": "Lion",
+             "workers": 2, "seed": 1, "learning_rate": 0.1, "weight_decay": 0.0}  # fmt: skip
+    file = tmp_path / "results.jsonl"
+    file.write_text(json.dumps(whole) + '\n{"form')
+    before = file.read_text()
+    results = runs.Results(file)
+    assert results.rows == [whole]
+    assert file.read_text() == before
+    results.add(whole | {"seed": 2})
+    assert runs.read(file) == [whole, whole | {"seed": 2}]
+
+
 ARGUMENTS = [
     "--task", "text", "--size", "quick", "--steps", "2", "--budget", "2", "--workers", "2", "4",
     "--search-workers", "2", "--seeds", "1", "2",
@@ -204,7 +218,8 @@ def test_a_run_that_diverges_is_said_to(train, methods, task, monkeypatch):
         (["--budget", "0"], "--budget must lie in [1, 24]; got 0"),
         (["--seeds", "1000"], "none of (1000, 1001), which searches use"),
         (["--splits", "0"], "'0' is not iid, groups, or an alpha above 0"),
-        (["--start-from", "nowhere"], "argument --start-from: nowhere has no results"),
+        (["--start-from", "nowhere"], "argument --start-from: nowhere has no results of i.i.d."),
+        (["--start-from", f"{BENCHMARKS}/results/unlike.jsonl"], "has no results of i.i.d. runs"),
         (["--steps", "0"], "--steps must be at least 1; got 0"),
     ],
 )

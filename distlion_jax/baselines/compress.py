@@ -240,7 +240,7 @@ def enter(
 def keep(round_: Round, new: Any, old: Any) -> Any:
     """The new state of a worker that took part, the old one of a worker that sat out.
 
-    The old one too where the mean was not finite, so that one bad round is not remembered.
+    The old one too where the new one is not finite, so that one bad round is not remembered.
     """
     take = (round_.weight > 0) & all_finite(new)
     return jax.tree.map(lambda x, y: jnp.where(take, x, y), new, old)

@@ -39,7 +39,7 @@ class TopK(Gathered):
 
     With error feedback (:func:`compressed_average`) this is Gradient Dropping. Sent as the values
     in float32 and their places in uint32: 64 bits for each of ``ceil(density * size)`` coordinates
-    a leaf. Workers choose different places, so that messages are gathered.
+    a leaf, at least one. Workers choose different places, so that messages are gathered.
 
     Differs from Gradient Dropping: the k largest are found exactly, leaf by leaf, where the paper
     estimates one threshold from a sample.
@@ -66,7 +66,11 @@ class TopK(Gathered):
 
     def _sent(self, layout: Layout) -> list[int]:
         # 0.07 * 100 is 7.000000000000001
-        return [math.ceil(round(self.density * leaf.size, 6)) for leaf in layout.leaves]
+        shares = (round(self.density * leaf.size, 6) for leaf in layout.leaves)
+        return [
+            min(leaf.size, max(1, math.ceil(share)))
+            for leaf, share in zip(layout.leaves, shares, strict=True)
+        ]
 
     def words(self, layout: Layout) -> int:
         """A value and a place for each coordinate that is sent."""
@@ -167,7 +171,9 @@ def deep_gradient_compression(
         if clip_norm is None:
             return g
         most = clip_norm * wire.size(axis_name) ** 0.5
-        factor = jnp.minimum(1.0, most / jnp.maximum(optax.tree.norm(g), 1e-30))
+        norm = optax.tree.norm(g)
+        factor = jnp.minimum(1.0, most / jnp.maximum(norm, 1e-30))
+        factor = jnp.where(jnp.isfinite(norm), factor, jnp.nan)  # inf would clip it to zeros
         return jax.tree.map(lambda x: x * factor, g)
 
     def update_fn(
