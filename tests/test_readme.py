@@ -58,7 +58,7 @@ def test_tables_of_training_are_of_the_results_in_the_repository(monkeypatch, tm
     ev = readme.Evidence(ROOT / "benchmarks/results")
     assert readme.fill(README, ev) == README
     stale = "<!-- results: NAME -->\nold\n<!-- end of results -->"
-    with pytest.raises(readme.UsageError, match="there is no table 'NAME'; known: compare, ties"):
+    with pytest.raises(readme.UsageError, match="there is no table 'NAME'; known: compare, gains"):
         readme.fill(stale, ev)
     with pytest.raises(readme.UsageError, match=r"'rare rows': rare_rows\.json is missing in "):
         readme.fill(stale.replace("NAME", "rare rows"), readme.Evidence(ROOT))
