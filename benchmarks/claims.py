@@ -294,9 +294,8 @@ OBJECTIONS: list[tuple[str, Find, str]] = [
     ("What are sign(0) and ties?", all_of(ties, rare),
      '`compare.py --methods "D-Lion majority" "D-Lion majority, coin" "D-Lion majority, ties -1" '
      '"D-Lion majority, ties and zeros -1" "D-Lion majority, ties and zeros +1" --workers 4 8 '
-     '--search-workers 4 --budget 6 --start-from benchmarks/results/compare.jsonl`, n = 4 also with '
-     '`--seeds 72 82 92 102 112 122`, '
-     "`rare_rows.py`"),
+     '--search-workers 4 --budget 6 --start-from benchmarks/results/compare.jsonl`, n = 4 also '
+     'with `--seeds 72 82 92 102 112 122`, `rare_rows.py`'),
     ("Non-i.i.d. and federated data", unlike,
      '`compare.py --splits 100 0.25 0.05 --workers 10 --search-workers 10 --budget 6 --methods '
      '"D-Lion majority" "D-Lion average" "D-Lion majority, noise 2" "D-Lion majority, sync 16" '
