@@ -217,6 +217,14 @@ def works(ev: Evidence) -> Finding:
     return found.word, f"{MAJORITY} beside {LION}, works to each worker: {found}"
 
 
+def gap(ev: Evidence) -> Finding:
+    """What brings the majority closer to Lion on text."""
+    found = ev.runs("text", name="gap.jsonl")
+    names = [name for name in names_of(found) if name != MAJORITY]
+    texts = [f"{name}: {standing(found, 'text', name, MAJORITY).short}" for name in names]
+    return "measured", f"Text, n = 8, beside {MAJORITY}: " + "; ".join(texts)
+
+
 def hyperparameters(ev: Evidence) -> Finding:
     """Where the best learning rate lies, by number of workers."""
     import sensitivity
@@ -283,6 +291,11 @@ OBJECTIONS: list[tuple[str, Find, str]] = [
          "EF-signSGD", "PowerSGD", "QSGD + AdamW", "TernGrad + AdamW", "PowerSGD + AdamW"))),
      COMPARE),
     ("(ours) And beside AdamW in full precision?", stands(MAJORITY, ADAMW, on_par), COMPARE),
+    ("(ours) What closes the gap to Lion?", gap,
+     '`compare.py --task text --workers 8 --seeds 42 52 62 72 82 92 --budget 6 --methods '
+     '"D-Lion majority" "D-Lion majority, coin" "D-Lion majority, ternary" "D-Lion majority, vote '
+     'EMA 0.9" "D-Lion majority, sync 16" Lion AdamW '
+     '--start-from benchmarks/results/compare.jsonl`'),
     ("Are settings fair?",
      stated("see", "Every method has a search of its own, of the same number of trials; rates at "
             "an edge of it are marked"), COMPARE),
