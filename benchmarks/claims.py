@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import sensitivity_report
-from compare_report import several_splits
 from compare_runs import command_line, guarded
 from compare_tables import figure_form, names_of, quality, skew_of
 from evidence import FAR, MARGIN, UNITS, Evidence, Missing, Standing, interval, standing
@@ -89,14 +88,14 @@ def ahead_of(method: str, others: Sequence[str], far: bool = False) -> Find:
 
 def worse_with_workers(ev: Evidence) -> Finding:
     """Whether quality falls with the number of workers, for every method."""
-    texts, holds, searched = [], [], set()
+    texts, holds = [], []
+    searched = {row["workers"] for row in ev.rows("compare.jsonl") if row["kind"] == "trial"}
     for task in UNITS:
         found = ev.runs(task)
         n, m = min(n for _, n in found), max(n for _, n in found)
         if n == m:
             raise Missing("more than one number of workers")
         sign, falls, rises = 1 if task == "images" else -1, [], []
-        searched |= {row["workers"] for row in ev.rows("compare.jsonl") if row["kind"] == "trial"}
         names = names_of(found)
         for name in names:
             ends = [found.get((name, k), {}) for k in (n, m)]
@@ -182,10 +181,7 @@ def rare(ev: Evidence) -> Finding:
 
 def unlike(ev: Evidence) -> Finding:
     """The fall with unlike data, and what mends it: more than half of the fall, for sure."""
-    splits = several_splits(ev.rows("unlike.jsonl"))
-    if "images" not in splits:
-        raise Missing("several splits of images")
-    n, found = splits["images"]
+    n, found = ev.splits("images")
     order = sorted(found, key=skew_of)
     names = names_of(key for some in found.values() for key in some)
     if absent := [(x, split) for x in names for split in order if (x, n) not in found[split]]:
@@ -195,18 +191,18 @@ def unlike(ev: Evidence) -> Finding:
         some = found[split][name, n]
         return np.array([quality(some[seed]) for seed in sorted(some)])
 
-    def surely(gains: np.ndarray) -> bool:
+    def above_0(gains: np.ndarray) -> bool:
         return bool(gains.mean() > interval(gains.tolist()))
 
     last = order[-1]
     fall = each(MAJORITY, order[0]) - each(MAJORITY, last)
     remedies = [name for name in names if name.startswith(f"{MAJORITY}, ")]
-    mends = [x for x in remedies if surely(each(x, last) - each(MAJORITY, last) - fall / 2)]
+    mends = [x for x in remedies if above_0(each(x, last) - each(MAJORITY, last) - fall / 2)]
     by = ", by ".join(name.removeprefix(f"{MAJORITY}, ") for name in mends)
     word = f"mended by {by}" if mends else "not mended"
     figures = {x: [format(each(x, s).mean(), figure_form("images")) for s in order] for x in names}
     shown = "; ".join(f"{name} {' / '.join(means)}" for name, means in figures.items())
-    return f"it falls, and is {word}" if surely(fall) else "it does not surely fall", (
+    return f"it falls, and is {word}" if above_0(fall) else "it does not surely fall", (
         f"Images, % right at {' / '.join(order)}: {shown}"
     )
 

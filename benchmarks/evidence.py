@@ -8,6 +8,7 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from compare_report import several_splits
 from compare_runs import Results, Row
 from compare_tables import Found, figure_form, quality, runs
 
@@ -140,6 +141,13 @@ class Evidence:
         if not found:
             raise Missing(f"{task}, {split}, in {name}")
         return found
+
+    def splits(self, task: str) -> tuple[int, dict[str, Found]]:
+        """The number of workers, and the runs by split, of those on unlike data."""
+        found = several_splits(self.rows("unlike.jsonl"))
+        if task not in found:
+            raise Missing(f"several splits of {task} in unlike.jsonl")
+        return found[task]
 
     def beside(self, method: str, base: str, name: str = "compare.jsonl") -> list[Standing]:
         """A method beside another on images and on text."""

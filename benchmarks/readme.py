@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import rare_rows
-from compare_report import several_splits
 from compare_runs import command_line, guarded
 from compare_tables import by_split, edges, names_of, qualities, runs, score
 from config import UsageError
@@ -90,10 +89,7 @@ def one_task(name: str, task: str, split: str = "iid") -> Callable[[Evidence], s
 
 def unlike(ev: Evidence) -> str:
     """Quality on images by split."""
-    splits = several_splits(ev.rows("unlike.jsonl"))
-    if "images" not in splits:
-        raise Missing("several splits of images in unlike.jsonl")
-    n, found = splits["images"]
+    n, found = ev.splits("images")
     return by_split(found, "images", n)
 
 

@@ -65,12 +65,9 @@ class TopK(Gathered):
         _check_density("density", self.density)
 
     def _sent(self, layout: Layout) -> list[int]:
-        # 0.07 * 100 is 7.000000000000001
-        shares = (round(self.density * leaf.size, 6) for leaf in layout.leaves)
-        return [
-            min(leaf.size, max(1, math.ceil(share)))
-            for leaf, share in zip(layout.leaves, shares, strict=True)
-        ]
+        sizes = [leaf.size for leaf in layout.leaves]
+        # 0.07 * 100 is 7.000000000000001; of an empty leaf nothing is sent
+        return [max(min(1, x), math.ceil(round(self.density * x, 6))) for x in sizes]
 
     def words(self, layout: Layout) -> int:
         """A value and a place for each coordinate that is sent."""
