@@ -130,7 +130,12 @@ def test_sensitivity_runs_and_goes_on(monkeypatch, tmp_path):
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
     kinds = [json.loads(line)["kind"] for line in lines]
     assert kinds.count("trial") == 5 * 2
-    assert 3 * 2 * 5 <= kinds.count("run") <= 3 * 2 * 5 + 2 * 3
+    results = script.Results(tmp_path / "results.jsonl")
+    _, chosen, rows = script.measure("text", script.recall(results, "text"), script.parse(args))
+    assert len(rows) == 3 * 2 * 5
+    assert set(map(len, chosen.values())) == {1}  # a seed
+    used = {row["seconds"] for row in (*rows, *(some[0] for some in chosen.values()))}
+    assert kinds.count("run") == len(used)  # each once, and nothing else
     assert script.run(script.parse(args)) == first
     assert (tmp_path / "results.jsonl").read_text().splitlines() == lines
     assert "| best learning rate: quality | n = 2 | n = 3 |" in first
