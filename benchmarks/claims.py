@@ -268,8 +268,8 @@ PAPER: list[tuple[str, Find, str]] = [
      "`python benchmarks/theory.py`"),
     ("ImageNet, OpenWebText and LLaMA-7B",
      stated("not run", "No accelerator and no such data here. `--size paper` has the paper's "
-            "vision transformer and steps, and reads CIFAR-10's files"),
-     "`compare.py --size paper --images-dir DIR`"),
+            "vision transformer and steps; CIFAR-10's files, and OpenWebText in tokens as nanoGPT "
+            "keeps it, are read"), "`compare.py --size paper --images-dir CIFAR --corpus TOKENS`"),
 ]  # fmt: skip
 OBJECTIONS: list[tuple[str, Find, str]] = [
     ("Is it compatible with all-reduce?",

@@ -4,7 +4,7 @@
     python benchmarks/compare.py --size quick          # a look, in minutes on 2 cores
     python benchmarks/compare.py --task images text    # what the README shows: hours on 2 cores
     python benchmarks/compare.py --splits 0.25 0.05    # workers with unlike data
-    python benchmarks/compare.py --size paper --images-dir CIFAR   # the paper's, for a GPU or TPU
+    python benchmarks/compare.py --size paper --images-dir CIFAR --corpus TOKENS   # for a GPU, TPU
 
 Every method gets a search of its own over learning rate and weight decay, with the same number of
 trials, at one number of workers, with seeds and held-out rows that no result uses, by the figure

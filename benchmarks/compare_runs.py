@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import compare_train
 from compare_methods import Method
 from compare_train import Task, Trainer
-from config import UsageError
+from config import CORPUS, UsageError
 from tqdm import tqdm
 
 FORMAT = 3  # of a line of results
@@ -117,7 +117,7 @@ def make_task(args: argparse.Namespace, name: str) -> Task:
     size = dict(SIZES[args.size][name])
     if args.steps:
         size["steps"] = args.steps
-    return compare_train.make_task(name, size, args.images_dir)
+    return compare_train.make_task(name, size, args.images_dir, args.corpus)
 
 
 def progress(total: int) -> tqdm:
@@ -156,6 +156,7 @@ def add_arguments(parser: argparse.ArgumentParser, seeds: list[int]) -> None:
     add("--seeds", nargs="+", type=int, default=seeds, metavar="SEED")
     add("--steps", type=int, help="training steps, instead of the size's")
     add("--images-dir", type=Path, help="MNIST-style idx files, or CIFAR-10's binary")
+    add("--corpus", type=Path, default=CORPUS, help="text, or a folder with train.bin and val.bin")
     add("--out", type=Path, help="folder of results.jsonl, tables and plots")
 
 

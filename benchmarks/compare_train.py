@@ -57,10 +57,12 @@ class Result(NamedTuple):
     seconds: float  # of training, compiling left out after the first run
 
 
-def make_task(name: str, size: dict[str, Any], folder: Path | None = None) -> Task:
+def make_task(
+    name: str, size: dict[str, Any], folder: Path | None = None, corpus: Path = CORPUS
+) -> Task:
     """The task of that name, ``text`` or ``images``, with its data."""
     if name == "text":
-        data = sources.load_text(CORPUS, size["eval_rows"])
+        data = sources.load_corpus(corpus, size["eval_rows"])
         shape = size["layers"], size["width"], size.get("heads", 4)
         model: nn.Module = models.Transformer(data.classes, *shape)
     else:

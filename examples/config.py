@@ -235,9 +235,10 @@ def _add_files(add: Add) -> None:
         "--corpus",
         type=Path,
         default=CORPUS,
-        metavar="FILE",
-        help="text, plain or .gz, a form feed between works (default: the 42 works of Shakespeare "
-        "in examples/data)",
+        metavar="PATH",
+        help="text, plain or .gz, a form feed between works; or a folder with train.bin and "
+        "val.bin, tokens as nanoGPT's prepare.py writes OpenWebText (default: the 42 works of "
+        "Shakespeare in examples/data)",
     )
     add(
         "--images-dir",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small models in Flax: a character transformer, a convolutional and a transformer classifier.
+"""Small models in Flax: a transformer of tokens, a convolutional and a transformer classifier.
 
 All map a row to logits, so that they share one loss and one evaluation.
 """
@@ -45,7 +45,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Predicts the next character at every place of a window; the head is not the embedding."""
+    """Predicts the next token at every place of a window; the head is not the embedding."""
 
     characters: int
     layers: int = 2
@@ -113,7 +113,7 @@ def initial_params(model: nn.Module, data: Data, seed: int) -> Any:
 
 
 def make_loss(model: nn.Module) -> Callable[[Any, Any], Array]:
-    """``loss(params, batch)``: mean cross-entropy in nats per character or image."""
+    """``loss(params, batch)``: mean cross-entropy in nats per token or image."""
 
     def loss(params: Any, batch: Any) -> Array:
         logits: Any = model.apply({"params": params}, batch["x"])

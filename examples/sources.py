@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The data of train.py: a corpus cut into windows of characters, or a set of labelled images.
+"""The data of train.py: a corpus cut into windows of tokens, or a set of labelled images.
 
 In: a file or folder. Out: a :class:`Data`, which draws training batches and holds the rest out.
 NumPy only; nothing is downloaded.
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from config import Config, UsageError
 
-CONTEXT = 64  # characters that the model sees
+CONTEXT = 64  # characters or tokens that the model sees
 HELD_OUT = 0.1  # of the end of every work
 SMALL_SET, SHIFT = 10_000, 2  # fewer images are moved by up to 2 pixels, or are learnt by heart
 FASHION_MNIST = (  # where Debian's package dataset-fashion-mnist puts it
@@ -33,7 +33,7 @@ class Data:
     description: str
     unit: str  # what is counted: "tokens" or "images"
     per_row: int  # units in a row
-    classes: int  # distinct characters, or labels
+    classes: int  # distinct characters, the tokenizer's tokens, or labels
     groups: np.ndarray  # int, of every training row: its work, or its label
     pick: Pick  # these training rows
     held_out: Batch
@@ -46,8 +46,13 @@ class Data:
 def load(config: Config) -> Data:
     """The task's data."""
     if config.task == "text":
-        return load_text(config.corpus, config.eval_rows)
+        return load_corpus(config.corpus, config.eval_rows)
     return load_images(config.images_dir, config.eval_rows)
+
+
+def load_corpus(path: Path, eval_rows: int) -> Data:
+    """Windows of a text file's characters, or of the tokens in a folder."""
+    return (load_tokens if path.is_dir() else load_text)(path, eval_rows)
 
 
 def read_corpus(path: Path) -> list[str]:
@@ -78,18 +83,23 @@ def cut(works: Sequence[np.ndarray], eval_rows: int) -> tuple[np.ndarray, Pick, 
     )
     if not len(starts) or not len(tails):
         return None
-    # Windows spread evenly over all tails, so that every work counts by its length.
-    rows = np.unique(np.linspace(0, len(tails) - 1, eval_rows).astype(int))
-
-    def windows(at: np.ndarray) -> Batch:
-        window = ids[at[:, None] + np.arange(CONTEXT + 1)]
-        return {"x": window[:, :-1], "y": window[:, 1:]}
 
     def pick(rng: np.random.Generator, rows: np.ndarray) -> Batch:
         del rng
-        return windows(starts[rows])
+        return _windows(ids, starts[rows])
 
-    return groups, pick, windows(tails[rows])
+    return groups, pick, _windows(ids, _evenly(tails, eval_rows))
+
+
+def _windows(ids: np.ndarray, at: np.ndarray) -> Batch:
+    """The windows that begin at these places, and what follows each of their tokens."""
+    window = ids[at[:, None] + np.arange(CONTEXT + 1)].astype(np.int32)
+    return {"x": window[:, :-1], "y": window[:, 1:]}
+
+
+def _evenly(places: np.ndarray, n: int) -> np.ndarray:
+    """So many places, spread evenly, so that every work counts by its length."""
+    return places[np.unique(np.linspace(0, len(places) - 1, n).astype(int))]
 
 
 def load_text(path: Path, eval_rows: int) -> Data:
@@ -112,6 +122,38 @@ def load_text(path: Path, eval_rows: int) -> Data:
         f"{len(held_out['x']):,} windows of {CONTEXT} characters are evaluated"
     )
     return Data(description, "tokens", CONTEXT, len(characters), groups, pick, held_out)
+
+
+def load_tokens(folder: Path, eval_rows: int) -> Data:
+    """Windows of the tokens in train.bin and val.bin: uint16, in the machine's byte order.
+
+    So nanoGPT's prepare.py writes OpenWebText, in GPT-2's tokens. The files stay on disk.
+    """
+    tokens, held = (_map_tokens(folder / f"{part}.bin") for part in ("train", "val"))
+    classes = 1 + max(int(part.max()) for part in (tokens, held))
+    held_out = _windows(held, _evenly(np.arange(0, len(held) - CONTEXT, CONTEXT), eval_rows))
+
+    def pick(rng: np.random.Generator, rows: np.ndarray) -> Batch:
+        del rng
+        return _windows(tokens, rows)
+
+    description = (
+        f"{folder.resolve().name}: {len(tokens):,} tokens ({classes} in the vocabulary) to train "
+        f"on; held out: {len(held):,} others, of which {len(held_out['x']):,} windows of "
+        f"{CONTEXT} are evaluated"
+    )
+    groups = np.broadcast_to(np.int64(0), len(tokens) - CONTEXT)  # one work; takes no memory
+    return Data(description, "tokens", CONTEXT, classes, groups, pick, held_out)
+
+
+def _map_tokens(file: Path) -> np.ndarray:
+    try:
+        size = file.stat().st_size
+        if size % 2 or size < 2 * (CONTEXT + 1):
+            raise ValueError(f"{size:,} bytes are not {CONTEXT + 1} tokens or more of two bytes")
+        return np.memmap(file, np.uint16, "r")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--corpus: {file} cannot be read: {_reason(error)}") from error
 
 
 def _read_idx(path: Path) -> np.ndarray:

@@ -267,6 +267,29 @@ def test_cifar_10_is_read(train, tmp_path):
         train.sources.load_images(tmp_path, 5)
 
 
+def test_openwebtext_s_tokens_are_read(train, tmp_path):
+    """Small files as nanoGPT's prepare.py writes them: GPT-2's tokens, two bytes each."""
+    rng = np.random.default_rng(0)
+    ids = {"train": rng.integers(0, 300, 1000), "val": rng.integers(0, 256, 1000) + 50_000}
+    ids["val"][-1] = 50_256  # end of text
+    for part, values in ids.items():
+        values.astype(np.uint16).tofile(tmp_path / f"{part}.bin")
+    data = train.make_task("text", SIZE, corpus=tmp_path).data
+    assert data.classes == 50_257
+    assert "1,000 tokens (50257 in the vocabulary) to train on" in data.description
+    held_out = train.sources.load_corpus(tmp_path, 99).held_out
+    np.testing.assert_array_equal(held_out["x"].ravel(), ids["val"][: 15 * 64])
+    np.testing.assert_array_equal(held_out["y"].ravel(), ids["val"][1 : 15 * 64 + 1])
+    batch = data.draw(rng, 500)
+    text = ids["train"].astype(np.int32).tobytes()
+    for x, y in zip(batch["x"], batch["y"], strict=True):
+        assert text.find(np.append(x, y[-1]).tobytes()) % 4 == 0
+    np.testing.assert_array_equal(batch["x"][:, 1:], batch["y"][:, :-1])
+    (tmp_path / "val.bin").write_bytes(b"12345")
+    with pytest.raises(train.sources.UsageError, match=r"val\.bin cannot be read: 5 bytes are not"):
+        train.sources.load_corpus(tmp_path, 5)
+
+
 def test_vision_transformer_reads_colour(train):
     model = train.models.VisionTransformer(10, patch=8, layers=1, width=16)
     images = jnp.zeros((2, 32, 32, 3), jnp.uint8)

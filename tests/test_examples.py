@@ -199,7 +199,7 @@ def test_ctrl_c_writes_what_there_is(tmp_path):
         (["--corpus", "short.txt"], "--corpus short.txt is too short: its longest work has 600"),
         (["--corpus", "empty.txt"], "--corpus empty.txt is too short: its longest work has 0"),
         (["--corpus", "broken.gz"], "--corpus broken.gz cannot be read: "),
-        (["--corpus", "."], "--corpus . cannot be read: Is a directory"),
+        (["--corpus", "."], "--corpus: train.bin cannot be read: No such file"),
         (["--task", "images", "--images-dir", "."], "train-images-idx3-ubyte.gz cannot be read"),
         (["--out", "short.txt/x"], "--out short.txt/x cannot be written: Not a directory"),
     ],

@@ -46,11 +46,15 @@ def test_commands_are_complete():
 
 def test_pages_of_results_are_of_the_results_in_the_repository(monkeypatch):
     report = benchmark(monkeypatch, "compare_report")
-    pages = sorted((ROOT / "docs").glob("*/results.md"))
+    pages = {page.parent.name: page for page in (ROOT / "docs").glob("*/results.md")}
+    sensitivity = pages.pop("sensitivity")
     assert pages
-    for page in pages:
-        rows = report.read(ROOT / f"benchmarks/results/{page.parent.name}.jsonl")
+    for name, page in pages.items():
+        rows = report.read(ROOT / f"benchmarks/results/{name}.jsonl")
         assert page.read_text() == report.tables(rows) + "\n"
+    script = benchmark(monkeypatch, "sensitivity")
+    results = script.Results(ROOT / "benchmarks/results/sensitivity.jsonl")
+    assert sensitivity.read_text() == script.tables(results, script.parse([])) + "\n"
 
 
 def test_tables_of_training_are_of_the_results_in_the_repository(monkeypatch, tmp_path):
