@@ -6,6 +6,8 @@ summed already looks like a local one, and replicas that differ look replicated;
 look at the bits.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,15 +23,15 @@ from distlion_jax.words import mix
 
 
 def checksum(tree: Any) -> Array:
-    """``uint32[]``: a hash of every bit of a tree, its order included; float32 and narrower."""
+    """``uint32[]``: a hash of every bit of a tree, its order included."""
     total = jnp.uint32(0)
     for x in jax.tree.leaves(tree):
         x = jnp.asarray(x)
         if x.dtype == jnp.bool_:
             x = x.astype(jnp.uint8)
-        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}.get(x.dtype.itemsize)
-        if unsigned is None:
-            raise ValueError(f"`tree` has a leaf of dtype {x.dtype}; 8, 16 and 32 bits are hashed.")
+        if jnp.iscomplexobj(x):
+            x = jnp.stack([x.real, x.imag])
+        unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
         bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).reshape(-1)
         place = mix(jnp.arange(bits.size, dtype=jnp.uint32) ^ np.uint32(0x9E3779B9))
         total = mix(total ^ mix(bits ^ place).sum(dtype=jnp.uint32))
@@ -78,13 +80,52 @@ def replicas_agree(tree: Any, mesh: Mesh) -> bool:
                 f"`tree{jax.tree_util.keystr(path)}` is not replicated over devices (its sharding "
                 f"is {sharding}): there are no replicas of it to compare."
             )
+    return everywhere(_comparison(mesh)(tree))
+
+
+@functools.cache
+def _comparison(mesh: Mesh) -> Callable[[Any], Array]:
     names = mesh.axis_names
-    compare = jax.shard_map(
-        lambda tree: all_same(tree, names)[None],
-        mesh=mesh,
-        in_specs=P(),
-        out_specs=P(names),
-        check_vma=False,
+    return jax.jit(
+        jax.shard_map(
+            lambda tree: all_same(tree, names)[None],
+            mesh=mesh,
+            in_specs=P(),
+            out_specs=P(names),
+            check_vma=False,
+        )
     )
-    same = jax.jit(compare)(tree)
+
+
+def everywhere(same: Array) -> bool:
+    """Whether all of this process's devices say so."""
     return all(bool(np.all(np.asarray(shard.data))) for shard in same.addressable_shards)
+
+
+def watch(agree: Callable[[Any], bool]) -> Callable[[Any], None]:
+    """Looks, after steps 1, 2, 4, 8 and so on, whether all workers hold the same parameters.
+
+    For steps in which JAX does not check it; the cost is soon nothing a step.
+
+    Args:
+      agree: whether they do.
+
+    Returns:
+      A function to be given the parameters after each step. It waits for them where it looks, and
+      raises a ``ValueError`` where they differ.
+    """
+    steps = 0
+
+    def look(params: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps & (steps - 1) == 0 and not agree(params):
+            raise ValueError(
+                f"`params` differ by worker after {steps} steps: they differed from the start, or "
+                "what `tx` does to some leaves, or in some steps, is each worker's own (as what "
+                "optax.masked passes on, or a vote over some of the axes only). Begin with one set "
+                "for all, and let every leaf be voted on, averaged or frozen: "
+                "distributed_lion_by_label."
+            )
+
+    return look

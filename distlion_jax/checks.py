@@ -122,6 +122,18 @@ def check_update(updates: Any, mu: Any, axis_name: AxisName) -> None:
     check_local(updates, axis_name)
 
 
+def check_like(updates: Any, params: Any) -> None:
+    """Raises for gradients that are not of the parameters' shapes: they would be broadcast."""
+    if jax.tree.structure(updates) != jax.tree.structure(params):
+        return  # optax's own errors say what is wrong
+    for (name, g), x in zip(_named(updates), jax.tree.leaves(params), strict=True):
+        if jnp.shape(g) != jnp.shape(x):
+            raise ValueError(
+                f"`{name}` has shape {jnp.shape(g)}, its parameter {jnp.shape(x)}: gradients have "
+                "the shapes of what is differentiated."
+            )
+
+
 def check_local(updates: Any, axis_name: AxisName) -> None:
     """Raises for gradients that JAX knows to be the same on all workers: summed by autodiff."""
     named = _named(updates)

@@ -51,7 +51,8 @@ def draw(
     """A number to add to every blend, float32 and of the gradients' shapes.
 
     Args:
-      noise: largest number, in units of the root mean square of the leaf's blends.
+      noise: largest number, in units of the root mean square of the leaf's blends. (Its squares
+        are of float32: of blends below 1e-19 or so they are 0, and there is no noise.)
       gradients: this worker's own gradients.
       mu: this worker's own momentum, same shapes.
       b1: weight of the momentum in the blend.

@@ -87,3 +87,15 @@ def check_exchange(state: Any) -> None:
             "local gradient, in silence. Use distributed_lion, put average_gradients before it, or "
             "use make_train_step with gradients='mean' (or with check_vma=True, where JAX checks)."
         )
+
+
+def check_shapes(name: str, old: Any, new: Any) -> None:
+    """Raises where a step changed shapes: a state that does not fit was broadcast."""
+    before, after = ([*map(np.shape, jax.tree.leaves(tree))] for tree in (old, new))
+    if before != after:
+        raise ValueError(
+            f"`{name}` would change shape in the step, from {jax.tree.map(np.shape, old)} to "
+            f"{jax.tree.map(np.shape, new)}: the state does not fit the parameters. It is "
+            "init_state(tx, params, mesh) for local gradients, tx.init(params), replicated, for "
+            "gradients='mean', and pmap_replicate(tx.init(params)) for pmap."
+        )

@@ -18,7 +18,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from distlion_jax import wire
+from distlion_jax import audit, wire
 from distlion_jax.dense import finite_mean
 from distlion_jax.health import VoteHealth
 from distlion_jax.mesh import (
@@ -31,7 +31,7 @@ from distlion_jax.mesh import (
 )
 from distlion_jax.metrics import Metrics, average, vote_health, votes_of
 from distlion_jax.rules import AxisName, check_choice
-from distlion_jax.step_checks import check_averaged, check_exchange, check_step
+from distlion_jax.step_checks import check_averaged, check_exchange, check_shapes, check_step
 
 Step = Callable[..., tuple[Any, Any, Metrics]]
 
@@ -56,15 +56,11 @@ def _worker_step(
         value, grads = value_and_grad(params, batch, *key)
         loss, aux = value if has_aux else (value, ())
         rounds = [vote.count for vote in votes_of(state)]
+        old = {"params": params, "state": state}
         updates, state = tx.update(reduce(grads), state, params, **extra)
-        shapes, params = jax.tree.map(jnp.shape, params), optax.apply_updates(params, updates)
-        if jax.tree.map(jnp.shape, params) != shapes:
-            raise ValueError(
-                f"`params` would change shape in the step, from {shapes} to "
-                f"{jax.tree.map(jnp.shape, params)}: the state does not fit it. It is "
-                "init_state(tx, params, mesh) for local gradients, and tx.init(params), "
-                "replicated, for gradients='mean'."
-            )
+        params = optax.apply_updates(params, updates)
+        for name, new in (("params", params), ("state", state)):
+            check_shapes(name, old[name], new)
         entered = jnp.bool_(True)
         for before, vote in zip(rounds, votes_of(state), strict=True):
             if vote.health is not None:  # of this step, where a round was held in it
@@ -113,7 +109,8 @@ def make_train_step(
         ordinary optimizer (as ``optax.lion``), whose state is then replicated: plain
         ``tx.init(params)``, through :func:`replicate`.
       check_vma: JAX's check that what claims to be replicated is. Transformations after the vote
-        that keep arrays (as ``optax.ema``) pass it inside :func:`distlion_jax.replicated`.
+        that keep arrays (as ``optax.ema``) pass it inside :func:`distlion_jax.replicated`. Without
+        it the parameters of all devices are compared after 1, 2, 4, 8, ... steps.
       donate: reuse the buffers of params and state; the ones passed in cannot be used again.
 
     Returns:
@@ -124,7 +121,8 @@ def make_train_step(
       :class:`Metrics`. On virtual CPU devices, and only there, the step is waited for.
 
     Raises:
-      ValueError: for a batch or state that does not fit the mesh, or an axis it does not have.
+      ValueError: for a batch or state that does not fit the mesh, or an axis it does not have; from
+        the step, where ``check_vma`` is off and the workers' parameters are found to differ.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -178,13 +176,16 @@ def make_train_step(
 
     jitted = jax.jit(run, donate_argnums=(0, 1) if donate else ())
     settle = _settler(mesh.devices.flat)
+    watch = audit.watch(lambda params: check_vma or audit.replicas_agree(params, mesh))
 
     def step(params: Any, state: Any, batch: Any, *, rng: Any = None, **extra: Any) -> Any:
         check_step(batch, per_worker(state) if stacked else (), extra, n, shards)
         if extra and not stacked:
             raise ValueError(f"`{next(iter(extra))}` is for a vote; gradients='mean' takes all.")
         params, state, metrics = jitted(params, state, batch, rng, extra)
-        return params, state, settle(metrics)
+        settle(metrics)
+        watch(params)
+        return params, state, metrics
 
     def lower(params: Any, state: Any, batch: Any, *, rng: Any = None, **extra: Any) -> Any:
         return jitted.lower(params, state, batch, rng, extra)
@@ -206,7 +207,8 @@ def make_pmap_train_step(
 
     Parameters and state carry a leading worker axis (:func:`pmap_replicate`; the state is of the
     same form as :func:`distlion_jax.init_state`'s, but that what is replicated is stacked too). The
-    batch does not: the step splits it.
+    batch does not: the step splits it. pmap does not check that workers stay alike; the step does,
+    after 1, 2, 4, 8, ... steps.
 
     Args:
       loss_fn, tx, axis_name, has_aux, donate: as in :func:`make_train_step`.
@@ -242,13 +244,16 @@ def make_pmap_train_step(
         donate_argnums=(0,) if donate else (),
     )
 
+    same = jax.pmap(lambda tree: audit.all_same(tree, axis_name), axis_name, devices=devices)
     settle = _settler(devices)
+    watch = audit.watch(lambda params: audit.everywhere(same(params)))
 
     def step(params: Any, state: Any, batch: Any, *, rng: Any = None, **extra: Any) -> Any:
         check_step(batch, (params, state), extra, n, n)
         batch = jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch)
         params, state, metrics = mapped((params, state), (batch, rng, extra))
         settle(metrics)
+        watch(params)
         first = jax.tree.map(lambda x: x[0], metrics)
         pairs = zip(first.health, metrics.health, strict=True)
         health = tuple(f._replace(voted=h.voted) for f, h in pairs)

@@ -110,7 +110,7 @@ def held(mesh, shards):
     return jax.make_array_from_single_device_arrays(arrays[0].shape, sharding, arrays)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool", "complex64"])
 def test_replicas_agree(dtype):
     mesh = dl.worker_mesh(8)
     x = zeros_and_ones(dtype)

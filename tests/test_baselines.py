@@ -245,6 +245,18 @@ def test_a_matrix_without_gradient_is_not_lost():
     assert history[-1][0]["w"][0][4:].any()
 
 
+@pytest.mark.parametrize("compressor", [*COMPRESSORS, PowerSGD(1)], ids=repr)
+def test_tiny_gradients_are_sent_as_large_ones_are(compressor):
+    """Squares of numbers below 1e-19 are 0 in float32; a power of two changes no digit."""
+    grads, small = draw(3), 2.0**-70
+    tiny = [{k: x * np.float32(small) for k, x in g.items()} for g in grads]
+    tx = compressed_average(compressor)
+    pairs = zip(rounds_of(tx, grads), rounds_of(tx, tiny), strict=True)
+    for (mean, _), (of_tiny, _) in pairs:
+        for k, x in mean.items():
+            np.testing.assert_allclose(of_tiny[k] / small, x, rtol=1e-4, atol=1e-6)
+
+
 def test_scalars_move_under_every_method():
     g = {"s": np.full((N,), 2.0, np.float32)}
     for compressor in (QSGD(), TernGrad(), EFSign(), TopK(0.5), PowerSGD(1)):

@@ -47,8 +47,8 @@ ORDER = [
     "step_checks",
     "mesh",
     "metrics",
-    "train",
     "audit",
+    "train",
     "rendezvous",
     "__init__",
 ]

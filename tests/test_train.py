@@ -45,18 +45,21 @@ def lion(**options):
     return dl.distributed_lion(RATE, B1, B2, weight_decay=0.0, **options)
 
 
-def train(how, tx, data, extra=None, mesh=None, **options):
-    """Trains from zero; returns parameters, state and metrics after each step, as NumPy."""
-    params, history = shapes_to_params(TREE), []
+def begin(how, tx, mesh, **options):
+    """A step, and parameters (zero) and state for it."""
+    params = shapes_to_params(TREE)
     if how == "pmap":
         step = dl.make_pmap_train_step(loss, tx, **options)
-        params, state = dl.pmap_replicate(params), dl.pmap_replicate(tx.init(params))
-    else:
-        mesh = dl.worker_mesh(N) if mesh is None else mesh
-        axis = options.get("axis_name", "data")
-        checked = how == "shard_map"
-        step = dl.make_train_step(loss, tx, mesh, check_vma=checked, **options)
-        params, state = dl.replicate(params, mesh), dl.init_state(tx, params, mesh, axis)
+        return step, dl.pmap_replicate(params), dl.pmap_replicate(tx.init(params))
+    axis = options.get("axis_name", "data")
+    step = dl.make_train_step(loss, tx, mesh, check_vma=how == "shard_map", **options)
+    return step, dl.replicate(params, mesh), dl.init_state(tx, params, mesh, axis)
+
+
+def train(how, tx, data, extra=None, mesh=None, **options):
+    """Trains from zero; returns parameters, state and metrics after each step, as NumPy."""
+    mesh, history = mesh or dl.worker_mesh(N), []
+    step, params, state = begin(how, tx, mesh, **options)
     for t, batch in enumerate(data):
         params, state, metrics = step(params, state, batch, **({} if extra is None else extra[t]))
         assert dl.replicas_agree(params, mesh) if how != "pmap" else all_rows_equal(params)
@@ -381,6 +384,32 @@ def test_pmap_splits_the_batch_whatever_the_number_of_arrays():
         many, states, other = pmap_step(many, states, batch)
     np.testing.assert_allclose(other.loss, metrics.loss, rtol=1e-4)
     np.testing.assert_allclose(many[0], params, rtol=1e-4, atol=1e-6)
+
+
+NOT_A = optax.masked(lion(), {name: name != "a" for name in TREE})
+WARMED_UP = optax.chain(dl.average_gradients(steps=2), optax.adam(0.1))
+
+
+@pytest.mark.parametrize("how", HOW[1:])
+@pytest.mark.parametrize(("tx", "steps"), [(NOT_A, 1), (WARMED_UP, 4)], ids=["masked", "warm-up"])
+def test_workers_that_part_are_found(how, tx, steps):
+    """A leaf, or a step, that nobody exchanges, where JAX does not check what is replicated."""
+    step, params, state = begin(how, tx, dl.worker_mesh(N))
+    data = [*batches(), *batches(9)]
+    for batch in data[: steps - 1]:
+        params, state, _ = step(params, state, batch)
+    with pytest.raises(ValueError, match=f"`params` differ by worker after {steps} steps"):
+        step(params, state, data[steps - 1])
+
+
+def test_a_state_that_would_be_broadcast_is_refused():
+    """Of shard_map's form, given to pmap: a worker's momentum would be a row of the parameter."""
+    tx = optax.chain(dl.average_gradients(), dl.replicated(optax.trace(0.9)))
+    params, mesh = {"w": jnp.zeros((N, 4))}, dl.worker_mesh(N)
+    state = dl.init_state(tx, params, mesh)
+    step = dl.make_pmap_train_step(lambda p, x: jnp.sum(p["w"] * x.mean()), tx)
+    with pytest.raises(ValueError, match=r"`state` would change shape in the step.* for pmap"):
+        step(dl.pmap_replicate(params), state, jnp.ones(2 * N))
 
 
 class Container(NamedTuple):

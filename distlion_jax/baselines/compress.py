@@ -126,6 +126,16 @@ def to_floats(words: Array) -> Array:
     return jax.lax.bitcast_convert_type(words, jnp.float32)
 
 
+def split_scale(x: Array) -> tuple[Array, Array]:
+    """A power of two near the largest absolute value, and x over it, whose squares are not 0.
+
+    Exact: what is computed of it differs by a power of two, too.
+    """
+    _, exponent = jnp.frexp(jnp.max(jnp.abs(x), initial=0.0))
+    exponent = jnp.clip(exponent, -100, 100)
+    return jnp.ldexp(1.0, exponent), x * jnp.ldexp(1.0, -exponent)
+
+
 class CompressedAverageState(NamedTuple):
     """State of :func:`compressed_average`; one per worker."""
 
@@ -149,7 +159,8 @@ def compressed_average(
 
     Like :func:`distlion_jax.distributed_lion` it needs the worker's *own* gradient, and its state
     lies outside the mapped function with a leading worker axis. A worker whose gradient (with its
-    error) has no finite norm in float32 sits the round out, and keeps its error.
+    error) has no finite norm in float32 sits the round out, and keeps its error. (No
+    health figure says so; its loss, as a rule not finite either, does.)
 
     Args:
       compressor: what is sent: :class:`QSGD`, :class:`TernGrad`, :class:`EFSign`, :class:`TopK` or
@@ -163,7 +174,8 @@ def compressed_average(
 
     Raises:
       ValueError: in ``init`` for parameters that are not real; at trace time in ``update`` for an
-        unbound axis, gradients already summed over it, or a ``weight``.
+        unbound axis, gradients already summed over it or not of the parameters' shapes, a state of
+        another compressor, or a ``weight``.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -194,7 +206,14 @@ def compressed_average(
         weight: ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
-        del params, extra_args
+        del extra_args
+        if params is not None:
+            checks.check_like(updates, params)
+        if not compressor.feedback and jax.tree.leaves(state.error):
+            raise ValueError(
+                f"the state has an error that {compressor} would never send: it is of a compressor "
+                "with error feedback. Use that one, or initialise anew."
+            )
         wanted = jax.tree.map(lambda g: g.astype(jnp.float32), updates)
         if compressor.feedback:
             checks.check_update(updates, state.error, axis_name)

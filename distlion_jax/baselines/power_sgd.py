@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from distlion_jax import wire
-from distlion_jax.baselines.compress import Compressor, Leaves, Round
+from distlion_jax.baselines.compress import Compressor, Leaves, Round, split_scale
 from distlion_jax.ledger import Collective
 from distlion_jax.rules import check_static
 from distlion_jax.words import Layout
@@ -20,10 +20,11 @@ from distlion_jax.words import Layout
 def _usable(new: Array, old: Array) -> Array:
     """The new Q, but for columns that could not be multiplied by again: all zero, or not finite.
 
-    A Q of zeros would stay so, and its matrix would never move again.
+    A Q of zeros would stay so, and its matrix would never move again. Columns are brought near 1,
+    which P minds not: M Q would have the scale of the gradient's square, and be 0 of a tiny one.
     """
     fine = jnp.all(jnp.isfinite(new), axis=0) & jnp.any(new != 0, axis=0)
-    return jnp.where(fine, new, old)
+    return jnp.where(fine, jnp.stack([split_scale(q)[1] for q in new.T], 1), old)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from jax import Array
 
 from distlion_jax import ledger, vote, wire, words
 from distlion_jax.ballot import Ballot
-from distlion_jax.baselines.compress import Compressor, Leaves, Round
+from distlion_jax.baselines.compress import Compressor, Leaves, Round, split_scale
 from distlion_jax.ledger import Collective, WireCost
 from distlion_jax.rules import Rules, known
 from distlion_jax.words import Layout
@@ -66,7 +66,8 @@ class TernGrad(Compressor):
     def _clipped(self, x: Array) -> Array:
         if self.clip is None:
             return x
-        most = self.clip * jnp.sqrt(jnp.mean(x * x))
+        unit, scaled = split_scale(x)
+        most = self.clip * jnp.sqrt(jnp.mean(scaled * scaled)) * unit
         return jnp.clip(x, -most, most)
 
     def mean(self, leaves: Leaves, memory: Any, round_: Round) -> tuple[Leaves, Leaves, Any]:

@@ -183,6 +183,7 @@ def deep_gradient_compression(
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         del params, extra_args
+        wire.size(axis_name)  # says so where the axis is not bound
         checks.check_update(updates, state.momentum, axis_name)
         g = clipped(jax.tree.map(lambda g: g.astype(jnp.float32), updates))
         u = jax.tree.map(lambda u, g: momentum * u + g, state.momentum, g)
