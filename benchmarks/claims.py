@@ -14,11 +14,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import sensitivity_report
 from compare_runs import command_line, guarded
 from compare_tables import figure_form, names_of, quality, skew_of
-from evidence import FAR, MARGIN, UNITS, Evidence, Missing, Standing, interval, standing
+from evidence import FAR, LEAST, MARGIN, UNITS, Evidence, Missing, Standing, interval, standing
 from md_table import table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,7 +68,7 @@ def all_of(*finds: Find) -> Find:
 
 
 def ahead_of(method: str, others: Sequence[str], far: bool = False) -> Find:
-    """That a method is ahead, or far ahead, of the best of others."""
+    """That a method is ahead, or far ahead, of all others; the nearest is shown whole."""
 
     def find(ev: Evidence) -> Finding:
         texts, holds = [], []
@@ -77,8 +76,8 @@ def ahead_of(method: str, others: Sequence[str], far: bool = False) -> Find:
             found = ev.runs(task)
             each = {name: standing(found, task, method, name) for name in others}
             name = min(each, key=lambda name: (any(each[name].diverged), each[name].gain))
-            ahead = surely("ahead")(each[name])
-            holds.append(ahead and (each[name].far or not far))
+            ones = [surely("ahead")(s) and (s.far or not far) for s in each.values()]
+            holds.append(False if False in ones else None if None in ones else True)
             rest = (f"{other}: {each[other].short}" for other in others if other != name)
             texts.append(", ".join([f"{each[name]} beside {name}", *rest]))
         return verdict(holds), f"{method}: " + "; ".join(texts)
@@ -187,22 +186,29 @@ def unlike(ev: Evidence) -> Finding:
     if absent := [(x, split) for x in names for split in order if (x, n) not in found[split]]:
         raise Missing(f"{absent[0]}")
 
-    def each(name: str, split: str) -> np.ndarray:
-        some = found[split][name, n]
-        return np.array([quality(some[seed]) for seed in sorted(some)])
+    def each(name: str, split: str) -> dict[int, float]:
+        some = {seed: quality(row) for seed, row in found[split][name, n].items()}
+        return {seed: x if math.isfinite(x) else 0.0 for seed, x in some.items()}  # diverged
 
-    def above_0(gains: np.ndarray) -> bool:
-        return bool(gains.mean() > interval(gains.tolist()))
+    def surely_above(one: dict[int, float], other: dict[int, float]) -> bool:
+        gains = [one[seed] - other[seed] for seed in one if seed in other]
+        if len(gains) < LEAST:
+            raise Missing(f"{LEAST} seeds of all on unlike data")
+        return statistics.mean(gains) > interval(gains)
 
     last = order[-1]
-    fall = each(MAJORITY, order[0]) - each(MAJORITY, last)
+    like, apart = each(MAJORITY, order[0]), each(MAJORITY, last)
+    half = {seed: (like[seed] + x) / 2 for seed, x in apart.items() if seed in like}
     remedies = [name for name in names if name.startswith(f"{MAJORITY}, ")]
-    mends = [x for x in remedies if above_0(each(x, last) - each(MAJORITY, last) - fall / 2)]
+    mends = [x for x in remedies if surely_above(each(x, last), half)]
     by = ", by ".join(name.removeprefix(f"{MAJORITY}, ") for name in mends)
     word = f"mended by {by}" if mends else "not mended"
-    figures = {x: [format(each(x, s).mean(), figure_form("images")) for s in order] for x in names}
+    form = figure_form("images")
+    figures = {
+        x: [format(statistics.mean(each(x, s).values()), form) for s in order] for x in names
+    }
     shown = "; ".join(f"{name} {' / '.join(means)}" for name, means in figures.items())
-    return f"it falls, and is {word}" if above_0(fall) else "it does not surely fall", (
+    return f"it falls, and is {word}" if surely_above(like, apart) else "it does not surely fall", (
         f"Images, % right at {' / '.join(order)}: {shown}"
     )
 

@@ -105,7 +105,7 @@ def _dgc(steps: int) -> Any:
 
 
 def _dgc_cost(params: Any, n: int) -> dl.WireCost:
-    """Of the mean step: a fifth of them send more."""
+    """Of the mean step: a fifth of them send more (exact where 20 divides the steps)."""
     early = sum(DGC_STAGES) / len(DGC_STAGES)
     return TopK(DGC_SHARE * early + (1 - DGC_SHARE) * DENSITY).cost(params, n)
 

@@ -26,7 +26,6 @@ from compare_tables import (
     qualities,
     runs,
     seeds_of,
-    setting,
     unit,
 )
 from config import UsageError
@@ -58,7 +57,7 @@ def tables(rows: list[Row]) -> str:
         one = next(iter(next(iter(found.values())).values()))
         parts += [
             f"## {task}, {split}: {unit(task)}",
-            f"{one['parameters']:,} parameters; {setting(one['setting'])}. Seeds "
+            f"{one['parameters']:,} parameters; {one['setting']}. Seeds "
             f"{seeds_of(found)}. Mean ± standard deviation over seeds, which set weights and "
             "batches; the random numbers of methods are the same at each. Every other held-out row "
             "chose the rates, the others are reported; (edge): the largest or smallest that the "
@@ -68,7 +67,9 @@ def tables(rows: list[Row]) -> str:
             f"Paired by seed:\n\n{differences(found, task)}",
         ]
         if split == "iid":  # unlike data: a loss of rows that workers do not choose alike
-            parts.append(f"Share of the steps to the same training loss:\n\n{equal_loss(found)}")
+            parts.append(
+                f"Share of the steps after which training loss stays below:\n\n{equal_loss(found)}"
+            )
     for task, (n, found) in several_splits(rows).items():
         parts += [f"## {task}, by split: {unit(task)}", by_split(found, task, n)]
     return "\n\n".join(parts) or "no runs yet"

@@ -25,9 +25,9 @@ FORMAT = 3  # of a line of results
 SEARCH_SEEDS = (1000, 1001)
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "quick": {
-        "text": {"steps": 50, "batch": 4, "layers": 1, "width": 32, "eval_rows": 128},
+        "text": {"steps": 60, "batch": 4, "layers": 1, "width": 32, "eval_rows": 128},
         "images": {
-            "steps": 50, "batch": 16, "patch": 7, "layers": 1, "width": 32, "eval_rows": 1000,
+            "steps": 60, "batch": 16, "patch": 7, "layers": 1, "width": 32, "eval_rows": 1000,
         },
     },
     "small": {
@@ -83,12 +83,21 @@ class Results:
 
     def add(self, row: Row) -> None:
         """Keeps a row, at once."""
-        if self.file.exists() and not (text := self.file.read_text()).endswith("\n"):
-            self.file.write_text(text[: text.rfind("\n") + 1])  # half a line, of who was killed
+        if self.file.exists() and (text := self.file.read_text()) != (whole := _whole(text)):
+            self.file.write_text(whole)
         with open(self.file, "a") as out:
             out.write(json.dumps(row) + "\n")
         self.rows.append(row)
         self.known[self._key(row)] = row
+
+
+def _whole(text: str) -> str:
+    """Less half a last line, of who was killed."""
+    end = text.rfind("\n") + 1
+    try:
+        return text if end == len(text) else f"{text[:end]}{json.dumps(json.loads(text[end:]))}\n"
+    except ValueError:
+        return text[:end]
 
 
 def read(file: Path) -> list[Row]:
@@ -96,8 +105,7 @@ def read(file: Path) -> list[Row]:
     if not file.exists():
         return []
     try:
-        text = file.read_text()
-        rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        rows = [json.loads(line) for line in _whole(file.read_text()).splitlines()]
         other = {row["format"] for row in rows} - {FORMAT}
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{file} is no results file of compare.py: {error}") from error
@@ -164,6 +172,11 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     """What argparse cannot see of them."""
     if args.steps is not None and args.steps < 1:
         parser.error(f"--steps must be at least 1; got {args.steps}")
+    for name, values in vars(args).items():
+        if isinstance(values, list) and len({*values}) < len(values):
+            parser.error(
+                f"--{name.replace('_', '-')} names something twice: {', '.join(map(str, values))}"
+            )
     if {*SEARCH_SEEDS} & {*args.seeds} or min(args.seeds) < 0:
         parser.error(f"--seeds must be at least 0, and none of {SEARCH_SEEDS}, which searches use")
 
@@ -174,12 +187,15 @@ class Runner:
     def __init__(self, task: Task, methods: dict[str, Method], results: Results, bar: Any) -> None:
         self.task, self.methods, self.results, self.bar = task, methods, results, bar
         self.compiled: tuple[str, int] | None = None
-        others = {row["setting"] for row in results.rows if row["task"] == task.name}
-        if others - {task.summary}:
-            raise UsageError(
-                f"{results.file} has results of another setting ({others.pop()}), "
-                f"this is {task.summary}: use another --out"
-            )
+        mine = {"setting": task.summary, "versions": versions()}
+        for row in results.rows:
+            if row["task"] == task.name:
+                for name, here in mine.items():
+                    if row[name] != here:
+                        raise UsageError(
+                            f"{results.file} has results of other {name} ({row[name]}), this is "
+                            f"{here}: use another --out"
+                        )
 
     def do(self, job: Job) -> Row:
         """A job's row: looked up, or run."""

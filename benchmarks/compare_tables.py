@@ -2,7 +2,6 @@
 """Tables of compare.py's results, in Markdown."""
 
 import math
-import re
 import statistics
 from collections.abc import Iterable
 from typing import Any
@@ -31,7 +30,8 @@ def unit(task: str) -> str:
 def runs(rows: Iterable[Row], task: str, split: str) -> Found:
     """The runs of a task and split: by method and workers, then by seed.
 
-    Runs of two settings, or of one method at two rates, are not of one comparison: refused.
+    Runs of two settings or versions, or of one method at two rates, are not of one comparison:
+    refused.
     """
     out: Found = {}
     mixed: dict[tuple[str, ...], set[Any]] = {}
@@ -42,6 +42,7 @@ def runs(rows: Iterable[Row], task: str, split: str) -> Found:
                 raise UsageError(f"{method!r} is no method of compare.py")
             out.setdefault((method, n), {})[row["seed"]] = row
             mixed.setdefault(("settings",), set()).add(row["setting"])
+            mixed.setdefault(("versions",), set()).add(listed(row["versions"]))
             rates = f"{row['learning_rate']:.6g}, {row['weight_decay']:.6g}"
             mixed.setdefault(("rates of", method), set()).add(rates)
     for what, values in mixed.items():
@@ -60,15 +61,9 @@ def edges(rows: Iterable[Row], task: str, split: str) -> dict[str, set[str]]:
             for name in ("learning_rate", "weight_decay"):
                 tried = [x[name] for x in rows
                          if x["kind"] == "trial" and x["method"] == row["method"]]  # fmt: skip
-                if tried and row[name] in (min(tried), max(tried)):
+                if tried and not (1 + 1e-5) * min(tried) < row[name] < max(tried) / (1 + 1e-5):
                     out.setdefault(row["method"], set()).add(name)
     return out
-
-
-def setting(text: str) -> str:
-    """A task's summary on one line: Flax writes a model on several."""
-    fields = re.sub(r"\n +(\w+) = (\S+)", r" \1=\2,", text.replace("\n    # attributes", ""))
-    return fields.replace("( ", "(").replace(",\n)", ")")
 
 
 def spread(values: list[float], form: str) -> str:
@@ -157,7 +152,7 @@ def smooth(curve: np.ndarray) -> np.ndarray:
 
 
 def equal_loss(found: Found) -> str:
-    """Share of the steps after which a method's training loss is what a vote's is at the end.
+    """Share of the steps after which a method's training loss stays below a vote's at the end.
 
     Of smoothed means over the seeds of both; the learning rate's schedule is the whole run's.
     """
@@ -173,8 +168,9 @@ def equal_loss(found: Found) -> str:
         if not seeds:
             return "no seed of both"
         mine, end = curve(name, n, seeds), curve(VOTE, n, seeds)[-1]
-        reached = np.flatnonzero(mine <= end)
-        return f"{(reached[0] + 1) / len(mine):.2f}" if len(reached) else "never"
+        above = np.flatnonzero(~(mine <= end))
+        steps = above[-1] + 2 if len(above) else 1
+        return f"{steps / len(mine):.2f}" if steps <= len(mine) else "never"
 
     rows = ([name, *(cell(name, n) for n in ns)] for name in names_of(found))
     return table([f"to {VOTE}'s loss", *(f"n = {n}" for n in ns)], rows)

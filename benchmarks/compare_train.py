@@ -6,6 +6,7 @@ Out: losses, the held-out quality, seconds. All methods see the same batches and
 weights at the same seed.
 """
 
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -42,10 +43,11 @@ class Task(NamedTuple):
 
     @property
     def summary(self) -> str:
-        """What results of one file have in common."""
-        return f"{self.model!r}; {self.batch} rows a worker, {self.steps} steps; " + (
-            self.data.description
-        )
+        """What results of one file have in common, on one line."""
+        model = repr(self.model).replace("\n    # attributes", "")  # Flax writes it on several
+        model = re.sub(r"\n +(\w+) = (\S+)", r" \1=\2,", model).replace("( ", "(")
+        rest = f"{self.batch} rows a worker, {self.steps} steps; {self.data.description}"
+        return f"{model.replace(',' + chr(10) + ')', ')')}; {rest}"
 
 
 class Result(NamedTuple):

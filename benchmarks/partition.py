@@ -46,8 +46,8 @@ def dirichlet(labels: np.ndarray, workers: int, alpha: float, seed: int) -> list
         while need:
             stock = np.array([len(rows) for rows in left])
             chances = np.where(stock > 0, mix, 0)
-            if chances.sum() <= 0:  # its labels have run out: from what there is
-                chances = stock.astype(float)
+            if chances.sum() <= 0:  # its labels have run out: another one, of what there is
+                chances = np.eye(len(names))[rng.choice(len(names), p=stock / stock.sum())]
             wanted = np.minimum(rng.multinomial(need, chances / chances.sum()), stock)
             for k, many in enumerate(wanted):
                 taken.append(left[k][:many])

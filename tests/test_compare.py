@@ -109,6 +109,11 @@ def test_half_a_line_goes_when_the_next_is_written_and_not_before(monkeypatch, t
     assert file.read_text() == before
     results.add(whole | {"seed": 2})
     assert runs.read(file) == [whole, whole | {"seed": 2}]
+    file.write_text(json.dumps(whole))  # as an editor may leave it
+    results = runs.Results(file)
+    assert results.rows == [whole]
+    results.add(whole | {"seed": 2})
+    assert runs.read(file) == [whole, whole | {"seed": 2}]
 
 
 ARGUMENTS = [
@@ -189,7 +194,32 @@ def test_results_of_another_setting_are_not_mixed_in(tmp_path):
     assert start(tmp_path, *ARGUMENTS, *methods).returncode == 0
     done = start(tmp_path, *ARGUMENTS, *methods, "--steps", "3")
     assert done.returncode == 2
-    assert "has results of another setting" in done.stderr
+    assert "has results of other setting (Transformer(characters=84, layers=1, " in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    text = (tmp_path / "results.jsonl").read_text()
+    (tmp_path / "results.jsonl").write_text(text.replace('"jax": "', '"jax": "another'))
+    done = start(tmp_path, *ARGUMENTS, *methods)
+    assert done.returncode == 2
+    assert "has results of other versions (" in done.stderr
+
+
+def test_data_of_one_name_are_told_apart(train, tmp_path):
+    """Folders called data, or raw, of as many images: an old file's rows are not of the new."""
+    found = set()
+    for folder, label in (("a", 0), ("b", 1)):
+        (tmp_path / folder / "data").mkdir(parents=True)
+        for i in range(1, 7):
+            name = f"data_batch_{i}" if i < 6 else "test_batch"
+            image = np.full((4, 3073), label, np.uint8)
+            (tmp_path / folder / "data" / f"{name}.bin").write_bytes(image.tobytes())
+        found.add(
+            train.make_task("images", SIZE | {"patch": 8}, tmp_path / folder / "data").summary
+        )
+    for word in ("to be ", "or not "):
+        (tmp_path / "text.txt").write_text(word * 1000)
+        found.add(train.make_task("text", SIZE, corpus=tmp_path / "text.txt").summary)
+    assert len(found) == 4
+    assert not any("\n" in summary for summary in found)
 
 
 @pytest.mark.slow
@@ -216,6 +246,7 @@ def test_a_run_that_diverges_is_said_to(train, methods, task, monkeypatch):
         (["--methods", "SGD-M"], "invalid choice: 'SGD-M'"),
         (["--workers", "1"], "--workers and --search-workers: at least 2"),
         (["--budget", "0"], "--budget must lie in [1, 24]; got 0"),
+        (["--seeds", "42", "52", "42"], "--seeds names something twice: 42, 52, 42"),
         (["--seeds", "1000"], "none of (1000, 1001), which searches use"),
         (["--splits", "0"], "'0' is not iid, groups, or an alpha above 0"),
         (["--start-from", "nowhere"], "argument --start-from: nowhere has no results of i.i.d."),

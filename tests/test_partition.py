@@ -37,6 +37,14 @@ def test_smaller_alpha_is_more_skewed(partition):
     assert found[-1] < 0.1
 
 
+def test_a_tiny_alpha_is_no_less_skewed(partition):
+    """Where gammas are too small for a float, a label that has run out is followed by one other."""
+    parts = partition.dirichlet(LABELS, 20, 1e-6, seed=0)
+    many = [len(np.unique(LABELS[rows])) for rows in parts]
+    assert np.mean(many) < 2
+    assert partition.skew(LABELS, parts) > 0.85
+
+
 def test_groups_stay_whole(partition):
     groups = np.repeat(np.arange(7), [50, 10, 40, 30, 20, 60, 5])
     parts = partition.by_group(groups, 3)
