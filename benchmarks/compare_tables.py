@@ -173,7 +173,7 @@ def equal_loss(found: Found) -> str:
         return f"{steps / len(mine):.2f}" if steps <= len(mine) else "never"
 
     rows = ([name, *(cell(name, n) for n in ns)] for name in names_of(found))
-    return table([f"to {VOTE}'s loss", *(f"n = {n}" for n in ns)], rows)
+    return table([f"{VOTE}'s at the end", *(f"n = {n}" for n in ns)], rows)
 
 
 def skew_of(split: str) -> float:
