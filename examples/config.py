@@ -19,12 +19,12 @@ CPU_WORKERS = 8
 # What each task was tuned to. `quick` replaces steps and evaluation by a smoke test's.
 PRESETS = {
     "text": {
-        "steps": 2000, "batch": 4, "learning_rate": 5e-4, "adamw_learning_rate": 2e-3,
-        "eval_every": 200, "eval_rows": 1024,
+        "steps": 2000, "batch": 4, "learning_rate": 5e-3, "adamw_learning_rate": 5e-3,
+        "weight_decay": 1.6, "eval_every": 200, "eval_rows": 1024,
     },
     "images": {
         "steps": 1000, "batch": 16, "learning_rate": 1e-3, "adamw_learning_rate": 2e-3,
-        "eval_every": 100, "eval_rows": 10_000,
+        "weight_decay": 0.1, "eval_every": 100, "eval_rows": 10_000,
     },
 }  # fmt: skip
 QUICK = {"text": {"steps": 60, "eval_every": 20, "eval_rows": 256}}
@@ -180,9 +180,8 @@ def _add_optimizers(add: Add) -> None:
     add(
         "--weight-decay",
         type=_from_zero,
-        default=0.1,
         metavar="X",
-        help="times the learning rate, a step (default: 0.1)",
+        help=f"times the learning rate, a step (default: {_preset('weight_decay')})",
     )
     add(
         "--b1",

@@ -126,7 +126,7 @@ def plot(config: Config, comparison: Comparison, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     if left.get_legend_handles_labels()[0]:
         left.legend(title="validation, at the end (pale: training)", frameon=False)
-    what = comparison.data.split(":")[0]
+    what = comparison.data.split(" (CRC")[0]
     figure.suptitle(f"{what}: {comparison.workers} workers, {comparison.parameters:,} parameters")
     figure.savefig(path, dpi=150)
     plt.close(figure)
