@@ -16,7 +16,7 @@ from pathlib import Path
 
 import sensitivity_report
 from compare_runs import command_line, guarded
-from compare_tables import figure_form, names_of, quality, skew_of
+from compare_tables import names_of, quality, score, skew_of
 from evidence import FAR, LEAST, MARGIN, UNITS, Evidence, Missing, Standing, interval, standing
 from md_table import table
 
@@ -203,10 +203,7 @@ def unlike(ev: Evidence) -> Finding:
     mends = [x for x in remedies if surely_above(each(x, last), half)]
     by = ", by ".join(name.removeprefix(f"{MAJORITY}, ") for name in mends)
     word = f"mended by {by}" if mends else "not mended"
-    form = figure_form("images")
-    figures = {
-        x: [format(statistics.mean(each(x, s).values()), form) for s in order] for x in names
-    }
+    figures = {name: [score(found[split], name, n, "images") for split in order] for name in names}
     shown = "; ".join(f"{name} {' / '.join(means)}" for name, means in figures.items())
     return f"it falls, and is {word}" if surely_above(like, apart) else "it does not surely fall", (
         f"Images, % right at {' / '.join(order)}: {shown}"

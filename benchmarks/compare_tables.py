@@ -18,13 +18,13 @@ VOTE = "D-Lion majority"  # whose loss the others are followed to
 
 
 def quality(row: Row) -> float:
-    """Accuracy in % of images, loss in nats a token of text; nan where a run diverged."""
+    """Accuracy in % of images, loss in nats of text; nan where a run diverged."""
     return 100 * row["accuracy"] if row["task"] == "images" else row["loss"]
 
 
 def unit(task: str) -> str:
     """What :func:`quality` is of."""
-    return "accuracy, %" if task == "images" else "loss, nats a token"
+    return "accuracy, %" if task == "images" else "loss, nats a character or token"
 
 
 def runs(rows: Iterable[Row], task: str, split: str) -> Found:

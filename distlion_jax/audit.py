@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runtime checks of what JAX cannot tell at trace time: who holds what, bit for bit.
 
-For debugging and tests. Under ``jax.pmap`` and ``shard_map(check_vma=False)`` a gradient that was
-summed already looks like a local one, and replicas that differ look replicated; these functions
-look at the bits.
+Train steps look now and then where JAX cannot; the rest is for debugging and tests. Under
+``jax.pmap`` and ``shard_map(check_vma=False)`` a gradient that was summed already looks like a
+local one, and replicas that differ look replicated; these functions look at the bits.
 """
 
 import functools
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -31,6 +32,8 @@ def checksum(tree: Any) -> Array:
             x = x.astype(jnp.uint8)
         if jnp.iscomplexobj(x):
             x = jnp.stack([x.real, x.imag])
+        if not jnp.issubdtype(x.dtype, jnp.number):
+            raise ValueError(f"`tree` has a leaf of dtype {x.dtype}; numbers are hashed.")
         unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
         bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).reshape(-1)
         place = mix(jnp.arange(bits.size, dtype=jnp.uint32) ^ np.uint32(0x9E3779B9))
@@ -98,34 +101,40 @@ def _comparison(mesh: Mesh) -> Callable[[Any], Array]:
 
 
 def everywhere(same: Array) -> bool:
-    """Whether all of this process's devices say so."""
+    """Whether all that this process holds of an array is true."""
     return all(bool(np.all(np.asarray(shard.data))) for shard in same.addressable_shards)
 
 
 def watch(agree: Callable[[Any], bool]) -> Callable[[Any], None]:
-    """Looks, after steps 1, 2, 4, 8 and so on, whether all workers hold the same parameters.
+    """Looks, in calls 1, 2, 4, 8 and so on, whether all workers hold the same parameters.
 
-    For steps in which JAX does not check it; the cost is soon nothing a step.
+    For steps in which JAX does not check it. It costs a small program to compile, and a wait for
+    the parameters in the calls in which it looks.
 
     Args:
-      agree: whether they do.
+      agree: whether all workers hold the same bits of a tree.
 
     Returns:
-      A function to be given the parameters after each step. It waits for them where it looks, and
-      raises a ``ValueError`` where they differ.
+      A function to be given the parameters after each step, which raises a ``ValueError`` where
+      they differ. Inside another transformation (``jax.jit``, ``jax.eval_shape``) it does nothing.
     """
-    steps = 0
+    calls = 0
 
     def look(params: Any) -> None:
-        nonlocal steps
-        steps += 1
-        if steps & (steps - 1) == 0 and not agree(params):
-            raise ValueError(
-                f"`params` differ by worker after {steps} steps: they differed from the start, or "
-                "what `tx` does to some leaves, or in some steps, is each worker's own (as what "
-                "optax.masked passes on, or a vote over some of the axes only). Begin with one set "
-                "for all, and let every leaf be voted on, averaged or frozen: "
-                "distributed_lion_by_label."
-            )
+        nonlocal calls
+        named = jax.tree_util.tree_leaves_with_path(params)
+        if any(isinstance(x, Tracer) for _, x in named):
+            return
+        calls += 1
+        if calls & (calls - 1) or agree(params):
+            return
+        differing = (jax.tree_util.keystr(path) for path, x in named if not agree(x))
+        raise ValueError(
+            f"`params{next(differing)}` differs by worker after call {calls} of this step: it "
+            "differed from the start, or what `tx` does to it, or in some steps, is each worker's "
+            "own (as what optax.masked passes on, or a vote over some of the axes only). Begin "
+            "with one set for all, and let every leaf be voted on, averaged or frozen: "
+            "distributed_lion_by_label."
+        )
 
     return look

@@ -91,11 +91,13 @@ def check_exchange(state: Any) -> None:
 
 def check_shapes(name: str, old: Any, new: Any) -> None:
     """Raises where a step changed shapes: a state that does not fit was broadcast."""
-    before, after = ([*map(np.shape, jax.tree.leaves(tree))] for tree in (old, new))
-    if before != after:
-        raise ValueError(
-            f"`{name}` would change shape in the step, from {jax.tree.map(np.shape, old)} to "
-            f"{jax.tree.map(np.shape, new)}: the state does not fit the parameters. It is "
-            "init_state(tx, params, mesh) for local gradients, tx.init(params), replicated, for "
-            "gradients='mean', and pmap_replicate(tx.init(params)) for pmap."
-        )
+    pairs = zip(jax.tree_util.tree_leaves_with_path(old), jax.tree.leaves(new), strict=True)
+    for (path, before), after in pairs:
+        if np.shape(before) != np.shape(after):
+            raise ValueError(
+                f"`{name}{jax.tree_util.keystr(path)}` would change shape in the step, from "
+                f"{np.shape(before)} to {np.shape(after)}: the state does not fit the parameters. "
+                "It is init_state(tx, params, mesh, axis_name) for local gradients, "
+                "tx.init(params), replicated, for gradients='mean', and "
+                "pmap_replicate(tx.init(params)) for pmap."
+            )

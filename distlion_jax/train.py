@@ -110,7 +110,7 @@ def make_train_step(
         ``tx.init(params)``, through :func:`replicate`.
       check_vma: JAX's check that what claims to be replicated is. Transformations after the vote
         that keep arrays (as ``optax.ema``) pass it inside :func:`distlion_jax.replicated`. Without
-        it the parameters of all devices are compared after 1, 2, 4, 8, ... steps.
+        it, calls 1, 2, 4, 8, ... of the step compare the parameters of all devices.
       donate: reuse the buffers of params and state; the ones passed in cannot be used again.
 
     Returns:
@@ -207,12 +207,16 @@ def make_pmap_train_step(
 
     Parameters and state carry a leading worker axis (:func:`pmap_replicate`; the state is of the
     same form as :func:`distlion_jax.init_state`'s, but that what is replicated is stacked too). The
-    batch does not: the step splits it. pmap does not check that workers stay alike; the step does,
-    after 1, 2, 4, 8, ... steps.
+    batch does not: the step splits it. pmap does not check that workers stay alike; calls 1, 2, 4,
+    8, ... of the step do.
 
     Args:
       loss_fn, tx, axis_name, has_aux, donate: as in :func:`make_train_step`.
       devices: one per worker; None: ``jax.local_devices()``.
+
+    Raises:
+      ValueError: from the step: for a batch or state that does not fit the workers, and where their
+        parameters are found to differ.
 
     Examples:
       >>> from distlion_jax import distributed_lion

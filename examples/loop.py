@@ -60,6 +60,7 @@ class Comparison:
     """All runs, and what they ran on."""
 
     data: str
+    unit: str  # of the data: "images", ...
     device: str
     workers: int
     parameters: int
@@ -265,5 +266,12 @@ def compare(config: Config, data: Data) -> Comparison:
     with until_interrupted() as stop:
         runs = train([Training(m, data, config, evaluate) for m in methods], config, stop)
     return Comparison(
-        data.description, kind, mesh.size, parameters, runs, stop.asked, jax.process_index() == 0
+        data.description,
+        data.unit,
+        kind,
+        mesh.size,
+        parameters,
+        runs,
+        stop.asked,
+        jax.process_index() == 0,
     )

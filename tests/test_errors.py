@@ -298,7 +298,10 @@ CASES = {
     "`updates['b']` has shape (1,), its parameter (3,): gradients have the shapes": vote(
         baselines.compressed_average(baselines.QSGD()), g=jax.tree.map(lambda x: x[..., :1], G)
     ),
-    "`params` differ by worker after 1 steps: they differed from the start": apart,
+    "`params['b']` differs by worker after call 1 of this step: it differed from the": apart,
+    "`tree` has a leaf of dtype key<fry>; numbers are hashed.": lambda: dl.audit.checksum(
+        [jax.random.key(0)]
+    ),
     "`tx` holds a vote or an average over the workers, whose state is each": lambda: dl.replicated(
         dl.distributed_lion(0.1)
     ).init(PARAMS),
@@ -369,7 +372,7 @@ CASES = {
     "`participating` is for a vote; gradients='mean' takes all.": step(
         options={"gradients": "mean"}, participating=jnp.ones(8, bool)
     ),
-    "`params` would change shape in the step, from ... init_state(tx, params, mesh)": step(
+    "`params['b']` would change shape in the step, from (3,) to (8, 3): ... init_state(tx": step(
         options={"gradients": "mean"}, tx=optax.trace(0.9)
     ),
     "the momentum of `updates['b']` must be float32 or bfloat16; got float16.": vote(

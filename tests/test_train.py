@@ -5,6 +5,7 @@ The loss is linear in the parameters, so that a worker's gradient is the mean of
 batch, exactly.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -398,7 +399,9 @@ def test_workers_that_part_are_found(how, tx, steps):
     data = [*batches(), *batches(9)]
     for batch in data[: steps - 1]:
         params, state, _ = step(params, state, batch)
-    with pytest.raises(ValueError, match=f"`params` differ by worker after {steps} steps"):
+    with pytest.raises(
+        ValueError, match=rf"`params\['a'\]` differs by worker after call {steps} of"
+    ):
         step(params, state, data[steps - 1])
 
 
@@ -408,8 +411,18 @@ def test_a_state_that_would_be_broadcast_is_refused():
     params, mesh = {"w": jnp.zeros((N, 4))}, dl.worker_mesh(N)
     state = dl.init_state(tx, params, mesh)
     step = dl.make_pmap_train_step(lambda p, x: jnp.sum(p["w"] * x.mean()), tx)
-    with pytest.raises(ValueError, match=r"`state` would change shape in the step.* for pmap"):
+    with pytest.raises(
+        ValueError, match=r"`state\[1\].* would change shape in the step.* for pmap"
+    ):
         step(dl.pmap_replicate(params), state, jnp.ones(2 * N))
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_step_can_be_traced(how):
+    step, params, state = begin(how, lion(), dl.worker_mesh(N))
+    for transform in (lambda f: functools.partial(jax.eval_shape, f), jax.jit):
+        new, *_ = transform(step)(params, state, batches()[0])
+        assert new["a"].shape == params["a"].shape
 
 
 class Container(NamedTuple):

@@ -127,13 +127,13 @@ def to_floats(words: Array) -> Array:
 
 
 def split_scale(x: Array) -> tuple[Array, Array]:
-    """A power of two near the largest absolute value, and x over it, whose squares are not 0.
+    """A power of two near the largest absolute value of finite x, and x over it.
 
-    Exact: what is computed of it differs by a power of two, too.
+    The largest then squares to a number near 1, and results differ by that power of two alone.
     """
     _, exponent = jnp.frexp(jnp.max(jnp.abs(x), initial=0.0))
-    exponent = jnp.clip(exponent, -100, 100)
-    return jnp.ldexp(1.0, exponent), x * jnp.ldexp(1.0, -exponent)
+    exponent, one = jnp.clip(exponent, -100, 100), jnp.ones([], x.dtype)
+    return jnp.ldexp(one, exponent), x * jnp.ldexp(one, -exponent)
 
 
 class CompressedAverageState(NamedTuple):
@@ -160,7 +160,7 @@ def compressed_average(
     Like :func:`distlion_jax.distributed_lion` it needs the worker's *own* gradient, and its state
     lies outside the mapped function with a leading worker axis. A worker whose gradient (with its
     error) has no finite norm in float32 sits the round out, and keeps its error. (No
-    health figure says so; its loss, as a rule not finite either, does.)
+    health figure shows it; watch for a loss that is not finite.)
 
     Args:
       compressor: what is sent: :class:`QSGD`, :class:`TernGrad`, :class:`EFSign`, :class:`TopK` or

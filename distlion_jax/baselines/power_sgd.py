@@ -24,7 +24,7 @@ def _usable(new: Array, old: Array) -> Array:
     which P minds not: M Q would have the scale of the gradient's square, and be 0 of a tiny one.
     """
     fine = jnp.all(jnp.isfinite(new), axis=0) & jnp.any(new != 0, axis=0)
-    return jnp.where(fine, jnp.stack([split_scale(q)[1] for q in new.T], 1), old)
+    return jnp.where(fine, jax.vmap(lambda q: split_scale(q)[1], 1, 1)(new), old)
 
 
 @dataclasses.dataclass(frozen=True)
