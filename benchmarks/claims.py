@@ -224,6 +224,14 @@ def gap(ev: Evidence) -> Finding:
     return "measured", f"Text, n = 8, beside {MAJORITY}: " + "; ".join(texts)
 
 
+def longer(ev: Evidence) -> Finding:
+    """The majority beside Lion and AdamW, in runs of four times the steps."""
+    found = ev.runs("text", name="long.jsonl")
+    both = [standing(found, "text", MAJORITY, base) for base in (LION, ADAMW)]
+    texts = [f"beside {base}: {one.short}" for base, one in zip((LION, ADAMW), both, strict=True)]
+    return "measured", f"Text, 4,000 steps, n = 8, {MAJORITY} " + "; ".join(texts)
+
+
 def hyperparameters(ev: Evidence) -> Finding:
     """Where the best learning rate lies, by number of workers."""
     import sensitivity
@@ -295,6 +303,9 @@ OBJECTIONS: list[tuple[str, Find, str]] = [
      '"D-Lion majority" "D-Lion majority, coin" "D-Lion majority, ternary" "D-Lion majority, vote '
      'EMA 0.9" "D-Lion majority, sync 16" Lion AdamW '
      '--start-from benchmarks/results/compare.jsonl`'),
+    ("(ours) Do longer runs close it?", longer,
+     '`compare.py --task text --steps 4000 --workers 8 --budget 5 --methods "D-Lion majority" Lion '
+     'AdamW --start-from benchmarks/results/compare.jsonl`'),
     ("Are settings fair?",
      stated("see", "Every method has a search of its own, of the same number of trials; rates at "
             "an edge of it are marked"), COMPARE),
