@@ -107,6 +107,7 @@ TABLES: dict[str, Callable[[Evidence], str]] = {
         "D-SIGNUM majority",
         "PowerSGD + AdamW",
     ),
+    "two": compared("compare_two.jsonl", (2,), 2),
     "ties": compared("ties.jsonl", (4, 8), 8),
     "gap": one_task("gap.jsonl", "text"),
     "long": one_task("long.jsonl", "text"),
