@@ -111,7 +111,8 @@ def worse_with_workers(ev: Evidence) -> Finding:
             f"({', '.join(falls) or 'none'}), {len(rises)} better ({', '.join(rises) or 'none'})"
         )
     return verdict(holds), "; ".join(texts) + (
-        ". Steps and each worker's batch are fixed, so that more workers see more data; rates are "
+        ". Steps and each worker's batch are fixed, as in the paper, so that more workers see more "
+        "data; rates are "
         f"those found at n = {', '.join(map(str, sorted(searched)))}"
     )
 
@@ -152,7 +153,8 @@ def phase_two(ev: Evidence) -> Finding:
         f"{name} n^{statistics.mean(p):.2f} ± {statistics.stdev(p):.2f}"
         for name, p in power.items()
     )
-    return verdict(holds), f"On a noisy quadratic the score falls as: {shown}"
+    text = f"On a noisy quadratic the score falls as (± standard deviation): {shown}"
+    return verdict(holds), text
 
 
 def ties(ev: Evidence) -> Finding:
@@ -201,12 +203,12 @@ def unlike(ev: Evidence) -> Finding:
     half = {seed: (like[seed] + x) / 2 for seed, x in apart.items() if seed in like}
     remedies = [name for name in names if name.startswith(f"{MAJORITY}, ")]
     mends = [x for x in remedies if surely_above(each(x, last), half)]
-    by = ", by ".join(name.removeprefix(f"{MAJORITY}, ") for name in mends)
-    word = f"mended by {by}" if mends else "not mended"
+    by = "; with ".join(name.removeprefix(f"{MAJORITY}, ") for name in mends)
+    word = f"more than half comes back with {by}" if mends else "nothing brings back half of it"
     figures = {name: [score(found[split], name, n, "images") for split in order] for name in names}
     shown = "; ".join(f"{name} {' / '.join(means)}" for name, means in figures.items())
-    return f"it falls, and is {word}" if surely_above(like, apart) else "it does not surely fall", (
-        f"Images, % right at {' / '.join(order)}: {shown}"
+    return f"it falls; {word}" if surely_above(like, apart) else "it does not surely fall", (
+        f"Images, % right (± standard deviation) at {' / '.join(order)}: {shown}"
     )
 
 
@@ -243,8 +245,9 @@ def hyperparameters(ev: Evidence) -> Finding:
         found = []
         for name in sensitivity.FOLLOWED:
             points = [sensitivity_report.by_rate(by_workers, name, n) for n in args.workers]
-            best = [sensitivity_report.vertex(one, task)[0] for one in points]
-            found.append(f"{name} {', '.join(f'{rate:.1e}' for rate in best)}")
+            best = [sensitivity_report.vertex(one, task) for one in points]
+            shown = ", ".join(f"{rate:.1e}{' (edge)' * edge}" for rate, edge in best)
+            found.append(f"{name} {shown}")
         texts.append(f"{task}: " + "; ".join(found))
     return "measured", (
         f"Best learning rate at n = {', '.join(map(str, args.workers))}. " + ".<br>".join(texts)
@@ -299,12 +302,14 @@ OBJECTIONS: list[tuple[str, Find, str]] = [
      COMPARE),
     ("(ours) And beside AdamW in full precision?", stands(MAJORITY, ADAMW, on_par), COMPARE),
     ("(ours) What closes the gap to Lion?", gap,
-     '`compare.py --task text --workers 8 --seeds 42 52 62 72 82 92 --budget 6 --methods '
+     '`compare.py --out runs/compare/gap --task text --workers 8 --seeds 42 52 62 72 82 92 '
+     '--budget 6 --methods '
      '"D-Lion majority" "D-Lion majority, coin" "D-Lion majority, ternary" "D-Lion majority, vote '
      'EMA 0.9" "D-Lion majority, sync 16" Lion AdamW '
      '--start-from benchmarks/results/compare.jsonl`'),
     ("(ours) Do longer runs close it?", longer,
-     '`compare.py --task text --steps 4000 --workers 8 --budget 5 --methods "D-Lion majority" Lion '
+     '`compare.py --out runs/compare/long --task text --steps 4000 --workers 8 --budget 5 '
+     '--methods "D-Lion majority" Lion '
      'AdamW --start-from benchmarks/results/compare.jsonl`'),
     ("Are settings fair?",
      stated("see", "Every method has a search of its own, of the same number of trials; rates at "
@@ -361,7 +366,8 @@ held out, is not in them). The first figure is over the seeds that all numbers o
 others over all that one has. Level: surely within {MARGIN["images"]} points of accuracy or
 {MARGIN["text"]} nats. Ahead or behind: surely on that side of 0; by a large margin: by
 {FAR * MARGIN["images"]:g} points or {FAR * MARGIN["text"]:g} nats. Undecided: neither. A method is
-on par with another where it is surely not behind by more than the first margin.
+on par with another where it is surely not behind by more than the first margin. Of some two hundred
+intervals, about one in twenty will miss by chance.
 
 ## Claims of the paper
 

@@ -184,9 +184,11 @@ def test_unlike_data_is_judged_by_the_figures(claims, evidence, tmp_path):
         return claims.unlike(evidence.Evidence(tmp_path))
 
     verdict, text = judged((0.8, 0.6, 0.5), (0.8, 0.79, 0.78))
-    assert verdict == "it falls, and is mended by sync 16"
+    assert verdict == "it falls; more than half comes back with sync 16"
     assert "at iid / 0.25 / 0.05: D-Lion majority 80.0 ± 0.0 / 60.0 ± 0.0 / 50" in text
-    assert judged((0.8, 0.6, 0.5), (0.8, 0.6, 0.52))[0] == "it falls, and is not mended"
+    assert (
+        judged((0.8, 0.6, 0.5), (0.8, 0.6, 0.52))[0] == "it falls; nothing brings back half of it"
+    )
     assert judged((0.8, 0.8, 0.8), (0.8, 0.8, 0.8))[0] == "it does not surely fall"
     assert judged((0.8, 0.6, math.nan), (0.8, 0.8, 0.8))[0].startswith("it falls")
 
@@ -206,7 +208,7 @@ def test_unlike_data_is_paired_by_seed(claims, evidence, tmp_path):
         (tmp_path / "unlike.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
         return claims.unlike(evidence.Evidence(tmp_path))[0]
 
-    assert judged(mend) == "it falls, and is mended by sync 16"
+    assert judged(mend) == "it falls; more than half comes back with sync 16"
     with pytest.raises(evidence.Missing, match="3 seeds of all on unlike data"):
         judged({1: mend[1]})
 
