@@ -142,11 +142,11 @@ class Evidence:
             raise Missing(f"{task}, {split}, in {name}")
         return found
 
-    def splits(self, task: str) -> tuple[int, dict[str, Found]]:
+    def splits(self, task: str, name: str = "unlike.jsonl") -> tuple[int, dict[str, Found]]:
         """The number of workers, and the runs by split, of those on unlike data."""
-        found = several_splits(self.rows("unlike.jsonl"))
+        found = several_splits(self.rows(name))
         if task not in found:
-            raise Missing(f"several splits of {task} in unlike.jsonl")
+            raise Missing(f"several splits of {task} in {name}")
         return found[task]
 
     def beside(self, method: str, base: str, name: str = "compare.jsonl") -> list[Standing]:

@@ -87,10 +87,14 @@ def one_task(name: str, task: str, split: str = "iid") -> Callable[[Evidence], s
     return write
 
 
-def unlike(ev: Evidence) -> str:
+def unlike(name: str) -> Callable[[Evidence], str]:
     """Quality on images by split."""
-    n, found = ev.splits("images")
-    return by_split(found, "images", n)
+
+    def write(ev: Evidence) -> str:
+        n, found = ev.splits("images", name)
+        return by_split(found, "images", n)
+
+    return write
 
 
 TABLES: dict[str, Callable[[Evidence], str]] = {
@@ -111,7 +115,8 @@ TABLES: dict[str, Callable[[Evidence], str]] = {
     "ties": compared("ties.jsonl", (4, 8), 8),
     "gap": one_task("gap.jsonl", "text"),
     "long": one_task("long.jsonl", "text"),
-    "unlike, images": unlike,
+    "unlike, images": unlike("unlike.jsonl"),
+    "unlike, 12 trials": unlike("unlike_twelve.jsonl"),
     "unlike, text": one_task("unlike.jsonl", "text", "groups"),
     "rare rows": lambda ev: rare_rows.as_table(ev.json("rare_rows.json")),
 }
