@@ -92,7 +92,7 @@ def test_text_writes_table_numbers_and_plot(text):
     assert not numbers["interrupted"]
     assert (folder / "results.md").read_text().strip() in process.stdout
     assert "42 works; held out: the last 10% of every work" in process.stdout
-    assert "tokens/s" in process.stderr
+    assert "characters/s" in process.stderr
     for run in numbers["runs"]:
         assert len(run["losses"]) == 4
         assert [seen["step"] for seen in run["evaluations"]] == [0, 2, 4]
