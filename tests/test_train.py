@@ -5,7 +5,6 @@ The loss is linear in the parameters, so that a worker's gradient is the mean of
 batch, exactly.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -420,8 +419,10 @@ def test_a_state_that_would_be_broadcast_is_refused():
 @pytest.mark.parametrize("how", HOW)
 def test_a_step_can_be_traced(how):
     step, params, state = begin(how, lion(), dl.worker_mesh(N))
-    for transform in (lambda f: functools.partial(jax.eval_shape, f), jax.jit):
-        new, *_ = transform(step)(params, state, batches()[0])
+    new, *_ = jax.eval_shape(step, params, state, batches()[0])
+    assert new["a"].shape == params["a"].shape
+    if how != "pmap":  # which older JAX warns of in jit
+        new, *_ = jax.jit(step)(params, state, batches()[0])
         assert new["a"].shape == params["a"].shape
 
 
