@@ -94,10 +94,13 @@ class Results:
 def _whole(text: str) -> str:
     """Less half a last line, of who was killed."""
     end = text.rfind("\n") + 1
+    if end == len(text):
+        return text
     try:
-        return text if end == len(text) else f"{text[:end]}{json.dumps(json.loads(text[end:]))}\n"
+        json.loads(text[end:])
     except ValueError:
         return text[:end]
+    return text + "\n"
 
 
 def read(file: Path) -> list[Row]:

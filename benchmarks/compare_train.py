@@ -45,9 +45,10 @@ class Task(NamedTuple):
     def summary(self) -> str:
         """What results of one file have in common, on one line."""
         model = repr(self.model).replace("\n    # attributes", "")  # Flax writes it on several
-        model = re.sub(r"\n +(\w+) = (\S+)", r" \1=\2,", model).replace("( ", "(")
+        model = re.sub(r"\n +(\w+) = (\S+)", r" \1=\2,", model)
+        model = model.replace("( ", "(").replace(",\n)", ")")
         rest = f"{self.batch} rows a worker, {self.steps} steps; {self.data.description}"
-        return f"{model.replace(',' + chr(10) + ')', ')')}; {rest}"
+        return f"{model}; {rest}"
 
 
 class Result(NamedTuple):

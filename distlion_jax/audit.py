@@ -122,12 +122,12 @@ def watch(agree: Callable[[Any], bool]) -> Callable[[Any], None]:
 
     def look(params: Any) -> None:
         nonlocal calls
-        named = jax.tree_util.tree_leaves_with_path(params)
-        if any(isinstance(x, Tracer) for _, x in named):
+        if any(isinstance(x, Tracer) for x in jax.tree.leaves(params)):
             return
         calls += 1
         if calls & (calls - 1) or agree(params):
             return
+        named = jax.tree_util.tree_leaves_with_path(params)
         differing = (jax.tree_util.keystr(path) for path, x in named if not agree(x))
         raise ValueError(
             f"`params{next(differing)}` differs by worker after call {calls} of this step: it "

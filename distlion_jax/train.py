@@ -56,11 +56,11 @@ def _worker_step(
         value, grads = value_and_grad(params, batch, *key)
         loss, aux = value if has_aux else (value, ())
         rounds = [vote.count for vote in votes_of(state)]
-        old = {"params": params, "state": state}
+        old_params, old_state = params, state
         updates, state = tx.update(reduce(grads), state, params, **extra)
         params = optax.apply_updates(params, updates)
-        for name, new in (("params", params), ("state", state)):
-            check_shapes(name, old[name], new)
+        check_shapes("params", old_params, params)
+        check_shapes("state", old_state, state)
         entered = jnp.bool_(True)
         for before, vote in zip(rounds, votes_of(state), strict=True):
             if vote.health is not None:  # of this step, where a round was held in it
@@ -176,7 +176,7 @@ def make_train_step(
 
     jitted = jax.jit(run, donate_argnums=(0, 1) if donate else ())
     settle = _settler(mesh.devices.flat)
-    watch = audit.watch(lambda params: check_vma or audit.replicas_agree(params, mesh))
+    watch = audit.watch(lambda params: audit.replicas_agree(params, mesh))
 
     def step(params: Any, state: Any, batch: Any, *, rng: Any = None, **extra: Any) -> Any:
         check_step(batch, per_worker(state) if stacked else (), extra, n, shards)
@@ -184,7 +184,8 @@ def make_train_step(
             raise ValueError(f"`{next(iter(extra))}` is for a vote; gradients='mean' takes all.")
         params, state, metrics = jitted(params, state, batch, rng, extra)
         settle(metrics)
-        watch(params)
+        if not check_vma:
+            watch(params)
         return params, state, metrics
 
     def lower(params: Any, state: Any, batch: Any, *, rng: Any = None, **extra: Any) -> Any:
