@@ -1,45 +1,137 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distributed Lion for JAX: data-parallel training that sends one bit per parameter."""
+"""Distributed Lion for JAX: data-parallel training that sends one bit per parameter.
 
-from distlion_jax.audit import all_same as all_same
-from distlion_jax.audit import replicas_agree as replicas_agree
-from distlion_jax.dense import AverageGradientsState as AverageGradientsState
-from distlion_jax.dense import ScaleByAveragedLionState as ScaleByAveragedLionState
-from distlion_jax.dense import average_gradients as average_gradients
-from distlion_jax.dense import scale_by_averaged_lion as scale_by_averaged_lion
-from distlion_jax.forecast import Forecast as Forecast
-from distlion_jax.forecast import Link as Link
-from distlion_jax.forecast import break_even as break_even
-from distlion_jax.forecast import forecast_all_reduce as forecast_all_reduce
-from distlion_jax.forecast import forecast_vote as forecast_vote
-from distlion_jax.health import VoteHealth as VoteHealth
-from distlion_jax.ledger import Collective as Collective
-from distlion_jax.ledger import WireCost as WireCost
-from distlion_jax.ledger import compiled_collectives as compiled_collectives
-from distlion_jax.ledger import full_precision_cost as full_precision_cost
-from distlion_jax.ledger import wire_cost as wire_cost
-from distlion_jax.lion import ScaleByDistributedLionState as ScaleByDistributedLionState
-from distlion_jax.lion import distributed_lion as distributed_lion
-from distlion_jax.lion import scale_by_distributed_lion as scale_by_distributed_lion
-from distlion_jax.mesh import ReplicatedState as ReplicatedState
-from distlion_jax.mesh import init_state as init_state
-from distlion_jax.mesh import local_value_and_grad as local_value_and_grad
-from distlion_jax.mesh import replicate as replicate
-from distlion_jax.mesh import replicated as replicated
-from distlion_jax.mesh import stack as stack
-from distlion_jax.mesh import state_specs as state_specs
-from distlion_jax.mesh import unstack as unstack
-from distlion_jax.mesh import worker_mesh as worker_mesh
-from distlion_jax.metrics import Metrics as Metrics
-from distlion_jax.metrics import vote_health as vote_health
-from distlion_jax.policy import distributed_lion_by_label as distributed_lion_by_label
-from distlion_jax.policy import wire_cost_by_label as wire_cost_by_label
-from distlion_jax.rendezvous import join as join
-from distlion_jax.rules import TRANSPORTS as TRANSPORTS
-from distlion_jax.sync import SynchronizeMomentumState as SynchronizeMomentumState
-from distlion_jax.sync import synchronize_momentum as synchronize_momentum
-from distlion_jax.train import make_pmap_train_step as make_pmap_train_step
-from distlion_jax.train import make_train_step as make_train_step
-from distlion_jax.train import pmap_replicate as pmap_replicate
+Optimizers, Optax transformations of each worker's own gradient:
+
+    distributed_lion            Lion by a vote of one bit a parameter; the place to begin
+    scale_by_distributed_lion   its direction, without learning rate and weight decay
+    distributed_lion_by_label   a policy per parameter: vote, average, full precision, frozen
+    average_gradients           the workers' full-precision mean: warm-up, inner axis, baseline
+    scale_by_averaged_lion      Lion's direction on that mean, with the vote's state
+    synchronize_momentum        averages the workers' momenta every so many steps
+    replicated                  what follows a vote: state that all workers share
+    exchange                    declares that a transformation of yours makes workers agree
+
+Train steps:
+
+    worker_mesh                 a mesh of one axis, a device per worker
+    replicate                   a copy of the parameters on every device
+    init_state                  a transformation's state for every worker
+    make_train_step             loss, transformation and mesh to a jitted step
+    make_pmap_train_step        the same under jax.pmap
+    pmap_replicate              parameters and state for it
+    local_value_and_grad        a worker's own gradient, in a mapped function of yours
+    unstack, stack              the state's worker axis, off and on, in such a function
+    state_specs                 PartitionSpec of a state, for such a function
+    vote_health, mean_health    how the last round went, from a state
+    replicas_agree, all_same    compare what devices hold, bit for bit
+    join                        several processes find each other, or end with the reason
+
+Bytes and seconds:
+
+    wire_cost                   exact bytes of a step, from shapes
+    wire_cost_by_label          the same of distributed_lion_by_label
+    full_precision_cost         the all-reduce that the vote replaces
+    compiled_collectives        the collectives in a compiled program
+    forecast_vote               seconds of a step on a given network
+    forecast_all_reduce         seconds of the step it replaces
+    break_even                  the bandwidth up to which the vote is quicker
+
+States and records: ``AverageGradientsState``, ``Collective``, ``Forecast``, ``Link``,
+``MeanHealth``, ``Metrics``, ``ReplicatedState``, ``Roles``, ``ScaleByAveragedLionState``,
+``ScaleByDistributedLionState``, ``SynchronizeMomentumState``, ``VoteHealth``, ``WireCost``;
+``TRANSPORTS`` names the transports.
+
+``distlion_jax.baselines`` holds what the vote is compared with, ``distlion_jax.reference`` the same
+algorithm in plain NumPy. A name with an underscore anywhere in its path is internal.
+"""
+
+from distlion_jax import _old_paths
+from distlion_jax._rules import TRANSPORTS
+from distlion_jax._vote.turnout import MeanHealth
+from distlion_jax._vote.verdict import VoteHealth
+from distlion_jax.average import (
+    AverageGradientsState,
+    ScaleByAveragedLionState,
+    average_gradients,
+    scale_by_averaged_lion,
+)
+from distlion_jax.cluster import join
+from distlion_jax.exchanges import ReplicatedState, Roles, exchange, replicated
+from distlion_jax.forecast import Forecast, Link, break_even, forecast_all_reduce, forecast_vote
+from distlion_jax.hlo import compiled_collectives
+from distlion_jax.ledger import Collective, WireCost, full_precision_cost, wire_cost
+from distlion_jax.lion import (
+    ScaleByDistributedLionState,
+    distributed_lion,
+    scale_by_distributed_lion,
+)
+from distlion_jax.policy import distributed_lion_by_label, wire_cost_by_label
+from distlion_jax.sync import SynchronizeMomentumState, synchronize_momentum
+from distlion_jax.train import (
+    Metrics,
+    all_same,
+    init_state,
+    local_value_and_grad,
+    make_pmap_train_step,
+    make_train_step,
+    mean_health,
+    pmap_replicate,
+    replicas_agree,
+    replicate,
+    stack,
+    state_specs,
+    unstack,
+    vote_health,
+    worker_mesh,
+)
 
 __version__ = "0.1.0"
+__all__ = [
+    "TRANSPORTS",
+    "AverageGradientsState",
+    "Collective",
+    "Forecast",
+    "Link",
+    "MeanHealth",
+    "Metrics",
+    "ReplicatedState",
+    "Roles",
+    "ScaleByAveragedLionState",
+    "ScaleByDistributedLionState",
+    "SynchronizeMomentumState",
+    "VoteHealth",
+    "WireCost",
+    "all_same",
+    "average_gradients",
+    "break_even",
+    "compiled_collectives",
+    "distributed_lion",
+    "distributed_lion_by_label",
+    "exchange",
+    "forecast_all_reduce",
+    "forecast_vote",
+    "full_precision_cost",
+    "init_state",
+    "join",
+    "local_value_and_grad",
+    "make_pmap_train_step",
+    "make_train_step",
+    "mean_health",
+    "pmap_replicate",
+    "replicas_agree",
+    "replicate",
+    "replicated",
+    "scale_by_averaged_lion",
+    "scale_by_distributed_lion",
+    "stack",
+    "state_specs",
+    "synchronize_momentum",
+    "unstack",
+    "vote_health",
+    "wire_cost",
+    "wire_cost_by_label",
+    "worker_mesh",
+]
+
+_old_paths.install()

@@ -6,9 +6,9 @@ Out: the seconds that it takes with one: of the vote, and of the all-reduce that
 
 The model is alpha-beta: a collective of n workers takes ``hops * alpha + bytes / beta``. Workers on
 one node share its link, and what they exchange inside it costs nothing here. Across nodes,
-all-reduces and all-gathers are hierarchical (the best case for what the vote replaces: each byte
-enters a node once, however many workers it has); the all-to-all of a ``two_phase`` vote pays for
-each worker. An all-reduce can begin while the backward pass still runs, a vote cannot: it waits
+all-reduces and all-gathers are hierarchical: each byte enters a node once, however many workers it
+has. That is the best case for what the vote replaces. The all-to-all of a ``two_phase`` vote pays
+for each worker. An all-reduce can begin while the backward pass still runs. A vote cannot: it waits
 until the whole gradient is known to be finite.
 ``benchmarks/forecast_check.py`` holds the model against measurements.
 """
@@ -22,8 +22,8 @@ import numpy as np
 from distlion_jax import ledger
 from distlion_jax.ledger import Collective, WireCost
 
-# What a vote reads beyond a fused Lion, gradient and momentum once more and the words, from memory
-# of 1 TB/s. Accelerators have 0.8 to 5 TB/s.
+# Seconds a parameter. Beyond a fused Lion, a vote reads gradient and momentum once more, and the
+# words: 9 bytes, from memory of 1 TB/s. Accelerators have 0.8 to 5 TB/s.
 CODEC = 9 / 1e12
 OVERLAP = 2 / 3  # of the compute is the backward pass, behind which an all-reduce can hide
 

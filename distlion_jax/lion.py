@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The optimizer: Distributed Lion as Optax transformations.
 
-:func:`scale_by_distributed_lion` holds the maths: it casts a ballot from the worker's own gradient
-and momentum, holds a vote over the axis, and returns the verdict as the (ascent) direction.
-:func:`distributed_lion` is a chain with no maths of its own: direction, weight decay, learning
-rate. Momentum and the ballot differ by worker; direction, and so the parameters, do not.
+:func:`scale_by_distributed_lion` holds the maths, in two pure functions around the exchange:
+:func:`cast` makes a ballot and the new momentum of a worker's gradient, :func:`apply` makes the
+(ascent) direction of the verdict. :func:`distributed_lion` is a chain with no maths of its own:
+direction, weight decay, learning rate. Momentum and ballot differ by worker. The direction, and so
+the parameters, do not.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -16,22 +17,23 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from distlion_jax import ballot as ballots
-from distlion_jax import checks, vote, wire
-from distlion_jax.health import VoteHealth, health_of, no_health
-from distlion_jax.noise import draw
-from distlion_jax.rules import (
+from distlion_jax import _checks as checks
+from distlion_jax._rounds import in_rounds
+from distlion_jax._rules import (
     Aggregation,
     AxisName,
-    Ballot,
-    Health,
     Rules,
-    Ties,
-    Transport,
+    VoteOptions,
     check_fraction,
-    check_from_zero,
+    takes_vote_options,
 )
-from distlion_jax.words import Layout
+from distlion_jax._vote import ballot, transports, turnout, verdict, wire
+from distlion_jax._vote.ballot import Ballot
+from distlion_jax._vote.turnout import Round
+from distlion_jax._vote.verdict import Verdict, VoteHealth
+from distlion_jax.exchanges import Roles
+
+__all__ = ["ScaleByDistributedLionState", "distributed_lion", "scale_by_distributed_lion"]
 
 
 class ScaleByDistributedLionState(NamedTuple):
@@ -44,13 +46,40 @@ class ScaleByDistributedLionState(NamedTuple):
     count: Array  # int32[]; the same on all workers: rounds so far, seeds the coins
     mu: optax.Updates  # the parameters' shapes, `mu_dtype`; differs by worker: never sent
     health: VoteHealth | None  # the last round's; None with health="off"
+    roles = Roles(
+        exchange=True, own=("mu",), shared=("count",), like_params=("mu",), in_place=("mu",)
+    )
 
 
-def is_vote(node: Any) -> bool:
-    """Whether a node of a transformation's state is that of a vote."""
-    return isinstance(node, ScaleByDistributedLionState)
+def cast(
+    context: Round, updates: optax.Updates, mu: optax.Updates, b1: ArrayLike, b2: ArrayLike
+) -> tuple[Ballot, optax.Updates]:
+    """Gradient and momentum -> ballot and new momentum; nothing is sent.
+
+    ``delta = sign(b1 mu + (1 - b1) g)``, and ``mu <- b2 mu + (1 - b2) g`` where the worker takes
+    part.
+    """
+    gradients, treedef = jax.tree.flatten(updates)
+    old = treedef.flatten_up_to(mu)
+    shaped = [m.reshape(g.shape) for g, m in zip(gradients, old, strict=True)]
+    mine = ballot.cast(context, gradients, shaped, b1)
+    voted = mine.weight > 0
+
+    def remember(g: Array, m: Array) -> Array:
+        new = ((1.0 - b2) * g.reshape(m.shape) + b2 * m).astype(m.dtype)
+        # `voted` waits for the whole ballot: nobody reads m after, and it is overwritten.
+        return jnp.where(voted, new, m)
+
+    return mine, treedef.unflatten([remember(g, m) for g, m in zip(gradients, old, strict=True)])
 
 
+def apply(context: Round, decided: Verdict, updates: optax.Updates) -> optax.Updates:
+    """Verdict -> direction, in the structure and dtypes of the gradients."""
+    gradients, treedef = jax.tree.flatten(updates)
+    return treedef.unflatten(verdict.decode(decided, context, [g.dtype for g in gradients]))
+
+
+@takes_vote_options
 def scale_by_distributed_lion(
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.99,
@@ -58,15 +87,7 @@ def scale_by_distributed_lion(
     *,
     axis_name: AxisName | None = "data",
     aggregation: Aggregation = "majority",
-    transport: Transport = "auto",
-    ties: Ties = "zero",
-    ballot: Ballot = "binary",
-    threshold: ArrayLike | None = None,
-    noise: ArrayLike | None = None,
-    max_weight: int | None = None,
-    health: Health = "total",
-    chunks: int | None = None,
-    allow_single_worker: bool = False,
+    **options: Unpack[VoteOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """Rescales updates by a vote of the workers' Lion signs; see :func:`distributed_lion`.
 
@@ -82,80 +103,42 @@ def scale_by_distributed_lion(
       >>> print(jax.vmap(direction, axis_name="data")(gradients)[0])
       [ 1. -1.]
     """
-    rules = Rules(
-        aggregation, transport, ties, ballot, max_weight, health, chunks, noise is not None
-    )
+    rules = Rules(aggregation, **options)
     check_fraction("b1", b1)
     check_fraction("b2", b2)
     if mu_dtype is not None:
         mu_dtype = jax.dtypes.canonicalize_dtype(mu_dtype)
         checks.check_mu_dtype("`mu_dtype`", mu_dtype)
-    if threshold is not None and ballot != "ternary":
-        raise ValueError(
-            f"`threshold` {threshold!r} needs ballot='ternary': one bit a parameter cannot abstain."
-        )
-    check_from_zero("threshold", threshold)
-    check_from_zero("noise", noise)
     if axis_name is None:
         return optax.with_extra_args_support(optax.scale_by_lion(b1, b2, mu_dtype))
-    checks.check_axis_name(axis_name)
 
-    def init_fn(params: optax.Params) -> Any:
+    def init(params: optax.Params) -> Any:
         checks.check_params(params, mu_dtype, b2)
         mu = optax.tree.zeros_like(params, dtype=mu_dtype)
-        start = no_health(rules, len(jax.tree.leaves(params)))
+        start = verdict.no_health(rules, len(jax.tree.leaves(params)))
         return ScaleByDistributedLionState(jnp.zeros([], jnp.int32), mu, start)
 
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        *,
-        participating: ArrayLike = True,
-        weight: ArrayLike | None = None,
-        **extra_args: Any,
+    def update(
+        context: Round, updates: optax.Updates, state: Any, params: optax.Params | None
     ) -> tuple[optax.Updates, Any]:
-        del params, extra_args
-        n = wire.size(axis_name)
-        checks.check_workers(n, axis_name, allow_single_worker)
-        checks.check_weights(rules, n)
-        checks.check_state(state.count)
-        checks.check_update(updates, state.mu, axis_name)
-        local = rules.for_workers(n)
-        gradients, treedef = jax.tree.flatten(updates)
-        mu = treedef.flatten_up_to(state.mu)
-        layout = Layout([x.shape for x in gradients])
-        dead_zone = 0.0 if threshold is None else threshold
-        weight = checks.effective_weight(rules, participating, weight)
-        sane = checks.in_range(b1, b2, dead_zone, 0.0 if noise is None else noise)
-        weight, worker = jnp.where(sane, weight, 0), jax.lax.axis_index(axis_name)
-        shaped = [m.reshape(g.shape) for g, m in zip(gradients, mu, strict=True)]
-        added = None
-        if noise is not None:
-            added = draw(noise, gradients, shaped, b1, weight, state.count, worker, axis_name)
-        mine = ballots.cast(
-            layout, gradients, shaped, local, b1, dead_zone, weight, state.count, worker, added
-        )
-        voted = mine.weight > 0
-        verdict = vote.hold(mine, state.count, layout, local, axis_name)
-        direction = vote.decode(verdict, layout, local, [x.dtype for x in gradients])
-
-        def remember(g: Array, m: Array) -> Array:
-            new = ((1.0 - b2) * g.reshape(m.shape) + b2 * m).astype(m.dtype)
-            # `voted` waits for the whole ballot: nobody reads m after, and it is overwritten.
-            return jnp.where(voted, new, m)
-
-        new_mu = [remember(g, m) for g, m in zip(gradients, mu, strict=True)]
-        figures = health_of(rules, layout, voted, verdict)
-        return treedef.unflatten(direction), ScaleByDistributedLionState(
+        del params
+        checks.check_workers(context.workers, axis_name, rules)
+        checks.check_momentum(updates, state.mu)
+        noise = 0.0 if rules.noise is None else rules.noise
+        context = context.only_if(turnout.sane(b1, b2, rules.dead_zone, noise))
+        mine, mu = cast(context, updates, state.mu, b1, b2)
+        decided = transports.run_round(mine, context)
+        health = verdict.health_of(decided, context, mine.weight > 0)
+        return apply(context, decided, updates), ScaleByDistributedLionState(
             jnp.asarray(optax.safe_increment(state.count)),
-            treedef.unflatten(new_mu),
-            jax.tree.map(lambda x: wire.vary(x, axis_name), figures),  # as the state is stacked
+            mu,
+            jax.tree.map(lambda x: wire.vary(x, axis_name), health),  # as the state is stacked
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return in_rounds(init, update, axis_name, rules)
 
 
+@takes_vote_options
 def distributed_lion(
     learning_rate: optax.ScalarOrSchedule,
     b1: ArrayLike = 0.9,
@@ -166,15 +149,7 @@ def distributed_lion(
     *,
     axis_name: AxisName | None = "data",
     aggregation: Aggregation = "majority",
-    transport: Transport = "auto",
-    ties: Ties = "zero",
-    ballot: Ballot = "binary",
-    threshold: ArrayLike | None = None,
-    noise: ArrayLike | None = None,
-    max_weight: int | None = None,
-    health: Health = "total",
-    chunks: int | None = None,
-    allow_single_worker: bool = False,
+    **options: Unpack[VoteOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Distributed Lion: data-parallel Lion that sends one bit per parameter, and receives one.
 
@@ -191,47 +166,56 @@ def distributed_lion(
       x &\leftarrow x - \alpha_t (\Delta + \lambda x)
 
     Only the packed delta_i and Delta cross the network. Momentum differs by worker and is never
-    sent; updates are bit-identical on all workers, for every transport. Update needs this worker's
-    *own* gradient: under ``jax.shard_map`` with its default replication check use
+    sent. Updates are bit-identical on all workers, whatever the transport. ``update`` needs this
+    worker's *own* gradient: under ``jax.shard_map`` with its default replication check use
     :func:`distlion_jax.local_value_and_grad`. Outside the mapped function the state carries a
-    leading worker axis (:mod:`distlion_jax.mesh` does all this).
+    leading worker axis; :func:`distlion_jax.init_state` and :func:`distlion_jax.make_train_step`
+    take care of it.
 
-    ``update`` takes two extra arguments, each this worker's own scalar: ``participating`` (bool),
-    False sits the round out (abstains everywhere, momentum stays); ``weight`` (integer, needs
-    ``max_weight``), its say, as in proportion to its batch; 0 sits out, and so does a traced weight
-    that is not in [0, max_weight]. A worker with a non-finite blend sits out too, and all do while
-    ``b1``, ``b2``, ``threshold`` or ``noise`` is a traced number out of range (as of
-    ``optax.inject_hyperparams``).
+    ``update`` takes two extra arguments, each a scalar of this worker alone:
+
+    * ``participating`` (bool): with False this worker casts no vote and keeps its momentum.
+    * ``weight`` (integer, needs ``max_weight``): how many votes it has, for example its batch size.
+      0 means none, and so does a traced weight outside [0, max_weight].
+
+    A worker with a blend that is not finite casts no vote either. No worker does while ``b1``,
+    ``b2``, ``threshold`` or ``noise`` is a traced number out of range, as
+    ``optax.inject_hyperparams`` can make it.
 
     Args:
-      learning_rate: step size or schedule; start majority at Lion's, 3-10 times below AdamW's.
+      learning_rate: step size or schedule. Start majority at Lion's, which is 3 to 10 times below
+        AdamW's.
       b1: weight of the momentum in the blend, in [0, 1).
       b2: decay of the momentum, in [0, 1).
-      mu_dtype: float32 or bfloat16; None: the parameters' dtype (float16 is refused).
-      weight_decay: strength or schedule, times the learning rate; 3-10 times AdamW's.
-      mask: tree or function of params: True where weight decay applies. As in ``optax.lion``, it
-        masks the decay only; see :func:`distlion_jax.distributed_lion_by_label` to freeze leaves.
-      axis_name: mapped axis, or tuple of axes, that the workers lie on; None: one worker, and
-        this is ``optax.lion``, exactly (the options below have no effect).
-      aggregation: ``"majority"`` (1 or 2 bits down, see ``ties``) or ``"average"`` (log2(n+1) bits,
-        one more with ternary ballots).
-      transport: ``"all_gather"``, ``"two_phase"``, ``"psum"`` (uncompressed, for checking), or
-        ``"auto"``: the fewest bytes by :func:`distlion_jax.wire_cost`. Same result, bit for bit.
-      ties: ``"zero"``: a tied coordinate does not move (the paper's sign(0) = 0; the verdict
-        travels as two bits); ``"coin"``: a fair coin of (step, coordinate) decides (one bit, or
-        two with ternary ballots).
-      ballot: ``"binary"``: 1 bit, and a presence bit per block of 128: a block of exact zeros
-        abstains, an isolated zero votes by a fair coin; ``"ternary"``: 2 bits, zeros abstain.
-      threshold: ternary only: blends with absolute value up to this abstain.
-      noise: None, or how much uniform noise each worker adds to its blends before the sign, in root
-        mean squares of the leaf's blends over all workers (2 is a start): votes then count
-        magnitudes too, on average, which mends workers with unlike data. Costs an all-reduce of a
+      mu_dtype: dtype of the momentum, float32 or bfloat16. None: the parameters' dtype. float16 is
+        refused.
+      weight_decay: strength or schedule, times the learning rate; 3 to 10 times AdamW's.
+      mask: tree, or function of params: True where weight decay applies. As in ``optax.lion``, it
+        masks the decay only. :func:`distlion_jax.distributed_lion_by_label` freezes leaves.
+      axis_name: mapped axis, or tuple of axes, that the workers lie on. None: one worker, and this
+        is ``optax.lion``, exactly; the options below then have no effect.
+      aggregation: ``"majority"`` receives 1 or 2 bits a parameter, see ``ties``. ``"average"``
+        receives log2(n+1) bits, one more with ternary ballots.
+      transport: how votes travel: ``"all_gather"``, ``"two_phase"``, or ``"psum"``, which is
+        uncompressed and for checking. ``"auto"`` takes the fewest bytes by
+        :func:`distlion_jax.wire_cost`. The result is the same, bit for bit.
+      ties: what a tied coordinate does. ``"zero"``: it does not move (the paper's sign(0) = 0), and
+        the verdict travels as two bits. ``"coin"``: a fair coin of (round, coordinate) decides; the
+        verdict travels as one bit, or two with ternary ballots.
+      ballot: ``"binary"`` sends 1 bit a parameter, and a presence bit a block of 128. A block of
+        exact zeros abstains, an isolated zero votes by a fair coin. ``"ternary"`` sends 2 bits, and
+        every zero abstains.
+      threshold: for ternary ballots: blends with absolute value up to this abstain. None: 0.
+      noise: amplitude of uniform noise that is added before the sign, in units of the leaf's
+        root-mean-square blend over all workers (try 2); None: no noise. Larger blends then win more
+        votes, which can help where workers hold different data. It costs an all-reduce of one
         number a leaf.
       max_weight: largest ``weight`` of a worker; None: weights are not in use.
-      health: ``"total"``, ``"leaf"`` (figures per leaf, in ``jax.tree.leaves`` order; costs more)
-        or ``"off"``: what the state's :class:`VoteHealth` holds of the last round.
-      chunks: collectives a phase (None: 1); 8 is quicker under gloo (CPU) on links below 1 Gbit/s,
-        where receivers announce themselves behind the data that they send.
+      health: what the state's :class:`distlion_jax.VoteHealth` holds of the last round.
+        ``"total"``: figures of the whole tree. ``"leaf"``: figures of each leaf, in
+        ``jax.tree.leaves`` order, which costs more. ``"off"``: nothing.
+      chunks: how many collectives carry each phase; None: 1. With gloo (CPU) on links below
+        1 Gbit/s, 8 is quicker: a worker's ready-to-receive message queues behind the data it sends.
       allow_single_worker: whether an axis of size 1 is meant.
 
     Returns:
@@ -239,9 +223,10 @@ def distributed_lion(
       bound and needs ``params``.
 
     Raises:
-      ValueError: at construction for a bad option; in ``init`` for parameters that cannot vote; at
-        trace time in ``update`` for an unbound axis, an axis of one worker, gradients already
-        summed over the axis, or gradients that do not match the state.
+      TypeError: for an option that does not exist.
+      ValueError: at construction for a bad value; in ``init`` for parameters that cannot vote. In
+        ``update``, at trace time: for an unbound axis, or an axis of one worker; for gradients
+        already summed over the axis, or that do not match the state.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -265,20 +250,7 @@ def distributed_lion(
     """
     return optax.chain(
         scale_by_distributed_lion(
-            b1,
-            b2,
-            mu_dtype,
-            axis_name=axis_name,
-            aggregation=aggregation,
-            transport=transport,
-            ties=ties,
-            ballot=ballot,
-            threshold=threshold,
-            noise=noise,
-            max_weight=max_weight,
-            health=health,
-            chunks=chunks,
-            allow_single_worker=allow_single_worker,
+            b1, b2, mu_dtype, axis_name=axis_name, aggregation=aggregation, **options
         ),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),

@@ -4,14 +4,14 @@
 In:  a tree of labels. Out: one transformation in which all groups share the learning rate, the
 weight decay and the decision who takes part in a round.
 
-``optax.masked`` or ``optax.partition`` with ``optax.identity`` around a vote lets a leaf's *local*
-gradient through, and replicas part ways in silence. Every label here ends in something that is the
-same on all workers.
+``optax.masked`` around a vote lets a leaf's *local* gradient through, and so does
+``optax.partition`` with ``optax.identity``. Replicas then part ways in silence. Every label here
+ends in something that is the same on all workers.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,14 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from distlion_jax import checks, ledger
-from distlion_jax.dense import all_finite, scale_by_averaged_lion
+from distlion_jax import _checks as checks
+from distlion_jax import ledger
+from distlion_jax._rules import AxisName, VoteOptions, takes_vote_options
+from distlion_jax._vote.turnout import FIGURES, all_finite
+from distlion_jax.average import scale_by_averaged_lion
 from distlion_jax.lion import scale_by_distributed_lion
-from distlion_jax.rules import AxisName, Ballot, Health, Rules, Ties, Transport
+
+__all__ = ["distributed_lion_by_label", "wire_cost_by_label"]
 
 LABELS: tuple[str, ...] = ("majority", "average", "full", "frozen")
 
@@ -45,6 +49,7 @@ def _zeros(g: Array) -> Array:
     return jnp.zeros(g.shape, g.dtype)
 
 
+@takes_vote_options
 def distributed_lion_by_label(
     learning_rate: optax.ScalarOrSchedule,
     labels: Any | Callable[[optax.Params], Any],
@@ -55,15 +60,7 @@ def distributed_lion_by_label(
     mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
     axis_name: AxisName = "data",
-    transport: Transport = "auto",
-    ties: Ties = "zero",
-    ballot: Ballot = "binary",
-    threshold: ArrayLike | None = None,
-    noise: ArrayLike | None = None,
-    max_weight: int | None = None,
-    health: Health = "total",
-    chunks: int | None = None,
-    allow_single_worker: bool = False,
+    **options: Unpack[VoteOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """Distributed Lion with a label per leaf, in one step.
 
@@ -73,8 +70,8 @@ def distributed_lion_by_label(
       labels: tree (or prefix of one, or function of params) with ``"majority"`` or ``"average"``
         (one-bit votes), ``"full"`` (Lion on the gradients' full-precision mean) or ``"frozen"``
         (never moves, sends nothing).
-      axis_name, transport, ties, ballot, threshold, noise, max_weight, health, chunks,
-        allow_single_worker: as in ``distributed_lion``, for the leaves that vote.
+      axis_name: as in ``distributed_lion``.
+      **options: as in ``distributed_lion``, for the leaves that vote.
 
     Returns:
       A transformation. A worker with a non-finite gradient in *any* leaf that is not frozen sits
@@ -92,26 +89,13 @@ def distributed_lion_by_label(
     """
     checks.check_axis_name(axis_name)
     vote = functools.partial(
-        scale_by_distributed_lion,
-        b1,
-        b2,
-        mu_dtype,
-        axis_name=axis_name,
-        transport=transport,
-        ties=ties,
-        ballot=ballot,
-        threshold=threshold,
-        noise=noise,
-        max_weight=max_weight,
-        health=health,
-        chunks=chunks,
-        allow_single_worker=allow_single_worker,
+        scale_by_distributed_lion, b1, b2, mu_dtype, axis_name=axis_name, **options
     )
     directions = {
         "majority": vote(aggregation="majority"),
         "average": vote(aggregation="average"),
         "full": scale_by_averaged_lion(
-            b1, b2, mu_dtype, axis_name=axis_name, max_weight=max_weight
+            b1, b2, mu_dtype, axis_name=axis_name, max_weight=options.get("max_weight")
         ),
         "frozen": optax.stateless(lambda g, _: jax.tree.map(_zeros, g)),
     }
@@ -152,24 +136,25 @@ def distributed_lion_by_label(
     )
 
 
-def wire_cost_by_label(params: Any, labels: Any, n: int, **options: Any) -> ledger.WireCost:
+@takes_vote_options
+def wire_cost_by_label(
+    params: Any, labels: Any, n: int, **options: Unpack[VoteOptions]
+) -> ledger.WireCost:
     """Exact wire cost of one :func:`distributed_lion_by_label` step.
 
     Args:
       params: tree of arrays or ``jax.ShapeDtypeStruct``.
       labels: as in ``distributed_lion_by_label``.
       n: number of workers.
-      **options: ``transport``, ``ties``, ``ballot``, ``max_weight``, ``health``, ``chunks``,
-        ``noise``.
+      **options: ``distributed_lion``'s; those that send nothing are not read.
 
     Examples:
       >>> import jax, jax.numpy as jnp
       >>> params = {"w": jnp.zeros((512, 512)), "norm": jnp.zeros(512)}
       >>> cost = wire_cost_by_label(params, {"w": "majority", "norm": "full"}, n=8)
       >>> [c.op for c in cost.collectives]
-      ['all-reduce', 'all-to-all', 'all-gather']
+      ['all-reduce', 'all-reduce', 'all-to-all', 'all-gather']
     """
-    options["noise"] = options.get("noise") is not None
     names = jax.tree.leaves(_labels_of(labels, params))
     leaves = jax.tree.leaves(params)
     moved: list[ledger.Collective] = []
@@ -178,9 +163,9 @@ def wire_cost_by_label(params: Any, labels: Any, n: int, **options: Any) -> ledg
         group = [x for x, name in zip(leaves, names, strict=True) if name == label]
         if label == "full":
             moved += ledger.full_precision_cost(group, n).collectives
+            moved += [ledger.Collective("all-reduce", "f32", FIGURES, n)] if n > 1 else []
         elif label != "frozen":
-            rules = Rules(aggregation=label, **options)
-            cost = ledger.cost(ledger.layout_of(group), n, rules)
+            cost = ledger.wire_cost(group, n, aggregation=label, **options)
             moved += cost.collectives
             transports.append(cost.transport)
     size = ledger.layout_of(params).size

@@ -13,10 +13,14 @@ import optax
 from jax import Array
 from jax.typing import DTypeLike
 
-from distlion_jax import checks, wire
-from distlion_jax.dense import finite_mean
-from distlion_jax.lion import is_vote
-from distlion_jax.rules import AxisName, check_static
+from distlion_jax import _checks as checks
+from distlion_jax._rules import AxisName, check_static
+from distlion_jax._vote import wire
+from distlion_jax._vote.turnout import finite_mean
+from distlion_jax.exchanges import Roles
+from distlion_jax.lion import ScaleByDistributedLionState
+
+__all__ = ["SynchronizeMomentumState", "synchronize_momentum"]
 
 MOST = 2**31 - 1  # steps, as far as they are counted
 
@@ -26,6 +30,11 @@ class SynchronizeMomentumState(NamedTuple):
 
     count: Array  # int32[]; the same on all workers: steps so far
     inner: Any  # of the transformation that is wrapped
+    roles = Roles(shared=("count",))
+
+
+def _is_vote(node: Any) -> bool:
+    return isinstance(node, ScaleByDistributedLionState)
 
 
 def synchronize_momentum(
@@ -37,18 +46,18 @@ def synchronize_momentum(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Averages the momenta of a vote's workers every so many steps, in full precision.
 
-    A vote of one bit counts heads, not how much each worker wants. Where workers draw from the same
-    data that matters little; where their data differ, each one's momentum drifts to what its own
-    data say, and the vote becomes a median of opinions that nobody's data support. After every F-th
-    step
+    A vote of one bit counts workers, not how much each of them wants. Where workers draw from the
+    same data that matters little. Where their data differ, each momentum drifts to what the
+    worker's own data say. The vote then becomes a median of opinions that no data support. After
+    every F-th step
 
     .. math::
 
       m_i \leftarrow \tfrac{1}{n} \textstyle\sum_j m_j
 
-    pulls them together again, at the price of a full-precision all-reduce every F steps:
-    ``full_precision_cost(params, n).bits_per_parameter / F`` a step on top. With F = 1 all workers
-    hold the momentum of Lion on the mean gradient.
+    pulls them together again. It costs a full-precision all-reduce every F steps:
+    ``full_precision_cost(params, n).bits_per_parameter / F`` bits a step on top. With F = 1 all
+    workers hold the momentum of Lion on the mean gradient.
 
     Args:
       tx: the transformation, with one or more votes in it: :func:`distlion_jax.distributed_lion`,
@@ -58,8 +67,8 @@ def synchronize_momentum(
       wire_dtype: what momenta are summed and sent in, as ``jnp.bfloat16``; None: float32.
 
     Returns:
-      The transformation. All workers count alike in the mean, whatever their weight, and those that
-      sat a round out too: their momenta are finite. Extra arguments are handed on.
+      The transformation. All workers count alike in the mean, whatever their weight. Those that sat
+      a round out count too: their momenta are finite. Extra arguments are handed on.
 
     Raises:
       ValueError: for a bad ``every`` at construction; in ``init`` for a transformation that does
@@ -86,7 +95,7 @@ def synchronize_momentum(
 
     def init_fn(params: optax.Params) -> Any:
         inner = tx.init(params)
-        if not any(map(is_vote, jax.tree.leaves(inner, is_leaf=is_vote))):
+        if not any(map(_is_vote, jax.tree.leaves(inner, is_leaf=_is_vote))):
             raise ValueError(
                 "`tx` holds no vote, whose momenta could be averaged: pass distributed_lion(...), "
                 "or a chain with it, and an axis_name that is not None."
@@ -94,15 +103,15 @@ def synchronize_momentum(
         return SynchronizeMomentumState(jnp.zeros([], jnp.int32), inner)
 
     def average(mus: Any) -> Any:
-        means = finite_mean(mus, axis_name, wire_dtype=wire_dtype)
+        means = finite_mean(mus, axis_name, wire_dtype=wire_dtype)[0]
         return jax.tree.map(lambda m: wire.vary(m, axis_name), means)
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
         updates, inner = tx.update(updates, state.inner, params, **extra_args)
-        nodes, treedef = jax.tree.flatten(inner, is_leaf=is_vote)
-        votes = [i for i, node in enumerate(nodes) if is_vote(node)]
+        nodes, treedef = jax.tree.flatten(inner, is_leaf=_is_vote)
+        votes = [i for i, node in enumerate(nodes) if _is_vote(node)]
         count = jnp.asarray(optax.safe_increment(state.count))
         # The same branch on every worker: count is the same.
         due = count % jnp.int32(every) == 0

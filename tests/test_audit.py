@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import distlion_jax as dl
-from distlion_jax.audit import checksum
+from distlion_jax.train._audit import checksum
 
 DTYPES = ["bool", "int8", "uint8", "int16", "bfloat16", "float16", "int32", "uint32", "float32"]
 N = 4

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 import distlion_jax as dl
 from distlion_jax import baselines, reference
 from distlion_jax.forecast import exchange_seconds
+from distlion_jax.train._audit import checksum
 from tests.helpers import TREES, gradients, run
 
 ROOT = Path(dl.__file__).parent
@@ -98,6 +99,29 @@ def pmap_step(batch=BATCH, state_workers=8, tx=None):
         return dl.make_pmap_train_step(loss, tx)(dl.pmap_replicate(PARAMS), state, batch)
 
     return call
+
+
+def nobody_agrees(how):
+    """Each worker takes Lion's step on its own gradient."""
+
+    def call():
+        tx, mesh, params = optax.lion(0.1), dl.worker_mesh(8), jnp.zeros(2)
+        rows = jnp.arange(-15.0, 17.0).reshape(16, 2)
+        linear = lambda x, rows: jnp.sum(x * rows.mean(0))  # noqa: E731
+        if how == "pmap":
+            state = dl.pmap_replicate(tx.init(params))
+            return dl.make_pmap_train_step(linear, tx)(dl.pmap_replicate(params), state, rows)
+        run_step = dl.make_train_step(linear, tx, mesh, check_vma=False)
+        return run_step(params, dl.init_state(tx, params, mesh), rows)
+
+    return call
+
+
+def traced_step():
+    """A step inside ``jax.jit``, which cannot look at the parameters."""
+    tx, mesh = optax.lion(0.1), dl.worker_mesh(8)
+    state = dl.init_state(tx, PARAMS, mesh)
+    return jax.jit(dl.make_train_step(loss, tx, mesh, check_vma=False))(PARAMS, state, BATCH)
 
 
 def apart():
@@ -224,6 +248,10 @@ CASES = {
     "`b2` must lie in [0, 1); got nan.": option(b2=float("nan")),
     "`mu_dtype` must be float32 or bfloat16; got float16. ... mu_dtype=jnp.float32": option(**half),
     "`mu_dtype` must be float32 or bfloat16; got int8.": option(mu_dtype=jnp.int8),
+    "distributed_lion() has no argument `tie`. Did you mean `ties`?": option(tie="coin"),
+    "wire_cost() has no argument `aggregate`. Did you mean `aggregation`?": lambda: dl.wire_cost(
+        PARAMS, 8, aggregate="average"
+    ),
     "`threshold` 0.5 needs ballot='ternary'": option(threshold=0.5),
     "`threshold` must be a finite ... got -1.": option(threshold=-1, **ternary),
     "`threshold` must be a finite ... got np.float32(-1.0).": option(
@@ -299,7 +327,7 @@ CASES = {
         baselines.compressed_average(baselines.QSGD()), g=jax.tree.map(lambda x: x[..., :1], G)
     ),
     "`params['b']` differs by worker after call 1 of this step: it differed from the": apart,
-    "`tree` has a leaf of dtype key<fry>; numbers are hashed.": lambda: dl.audit.checksum(
+    "`tree` has a leaf of dtype key<fry>; numbers are hashed.": lambda: checksum(
         [jax.random.key(0)]
     ),
     "`tx` holds a vote or an average over the workers, whose state is each": lambda: dl.replicated(
@@ -360,12 +388,13 @@ CASES = {
     "`batch` has 12 rows, which 8 workers cannot share": pmap_step(BATCH[:12]),
     "`batch['y']` has 8 rows, the leaves before it 16": step({"x": BATCH, "y": BATCH[:8]}),
     "`updates` is the same on all workers of axis 'data' (1 of 1 leaves": summed_then_averaged,
-    "`tx` holds no vote and no average ... gradients='mean'": step(
-        options={"check_vma": False}, tx=optax.lion(0.1)
+    "`params` differs by worker after call 1 ... with gradients='mean'.": nobody_agrees(
+        "shard_map"
     ),
-    "`tx` holds no vote and no average ... put average_gradients before": pmap_step(
-        tx=optax.lion(0.1)
+    "`params` differs by worker after call 1 ... average_gradients before another": nobody_agrees(
+        "pmap"
     ),
+    "`tx` declares no vote and no average ... distlion_jax.exchange(tx) ... 'mean'": traced_step,
     "`tx` holds a vote or an average over the workers, and gradients='mean' averages": step(
         options={"gradients": "mean", "check_vma": False}
     ),
@@ -409,7 +438,7 @@ CASES = {
 @functools.cache
 def raised(text):
     """The error that the case raises, and the lines of the package that it came through."""
-    with pytest.raises((ValueError, RuntimeError)) as info:
+    with pytest.raises((ValueError, RuntimeError, TypeError)) as info:
         CASES[text]()
     frames = traceback.extract_tb(info.value.__traceback__)
     ours = [(Path(f.filename), f.lineno) for f in frames if ROOT in Path(f.filename).parents]

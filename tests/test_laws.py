@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from distlion_jax.mesh import init_state
 
 from distlion_jax import distributed_lion, make_train_step, replicas_agree, replicate, worker_mesh
-from distlion_jax.mesh import init_state
 from tests.helpers import (
     B1,
     B2,

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distlion_jax import distributed_lion, reference, tally, wire_cost, words
-from distlion_jax.ballot import Ballot
+from distlion_jax import distributed_lion, reference, wire_cost
+from distlion_jax._vote import coins, tally, words
+from distlion_jax._vote.ballot import Ballot
 
 BLOCK, PLANES, GROUP = 128, 32, 4096
 few = settings(max_examples=12, deadline=None, derandomize=True, database=None)
@@ -162,9 +163,9 @@ ROUNDS = 4096
 
 
 @functools.cache
-def coins(stream):
+def tosses(stream):
     """``int8[step, coordinate]`` of 0 and 1: the coins of a group in each of 4096 rounds."""
-    flips = jax.vmap(lambda step: words.coins(step, stream, 0, 1)[0])
+    flips = jax.vmap(lambda step: coins.coins(step, stream, 0, 1)[0])
     plane = np.asarray(jax.jit(flips)(jnp.arange(ROUNDS)))
     return np.unpackbits(plane.view(np.uint8), axis=1).view(np.int8)
 
@@ -185,25 +186,25 @@ def assert_fair(flips):
 @pytest.mark.parametrize("stream", [0, 1, 2, 8, 70])
 def test_coins_are_fair(stream):
     """Of a coordinate over rounds, and of a round over coordinates."""
-    assert coins(stream).shape == (ROUNDS, GROUP)
-    assert_fair(coins(stream))
+    assert tosses(stream).shape == (ROUNDS, GROUP)
+    assert_fair(tosses(stream))
 
 
 @pytest.mark.parametrize(("one", "other"), [(0, 1), (1, 2), (1, 8), (2, 70)])
 def test_streams_of_coins_are_not_correlated(one, other):
-    assert_fair(coins(one) ^ coins(other))
+    assert_fair(tosses(one) ^ tosses(other))
 
 
 @pytest.mark.parametrize("lag", [1, 2, 1024])
 def test_rounds_and_coordinates_are_not_correlated(lag):
-    flips = coins(1)
+    flips = tosses(1)
     assert_fair(flips[lag:] ^ flips[:-lag])
     assert_fair(flips[:, lag:] ^ flips[:, :-lag])
 
 
 def test_coins_of_groups_continue_each_other():
-    whole = words.coins(jnp.int32(7), 3, 0, 5)
-    np.testing.assert_array_equal(words.coins(jnp.int32(7), 3, 2, 3), whole[2:])
+    whole = coins.coins(jnp.int32(7), 3, 0, 5)
+    np.testing.assert_array_equal(coins.coins(jnp.int32(7), 3, 2, 3), whole[2:])
 
 
 rules = st.fixed_dictionaries(

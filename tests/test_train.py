@@ -365,7 +365,8 @@ def test_noise_with_its_own_key(how):
 
 def test_pmap_splits_the_batch_whatever_the_number_of_arrays():
     """Five arrays, as many as the step has arguments: pmap took the axes of one for another's."""
-    tx = optax.chain(dl.average_gradients(), dl.replicated(optax.sgd(0.01, momentum=0.9)))
+    mean = dl.exchange(optax.stateless(lambda g, _: jax.lax.pmean(g, "data")))
+    tx = optax.chain(mean, dl.replicated(optax.sgd(lambda _: 0.01, momentum=0.9)))
     w = jnp.zeros(16)
     x = jax.random.normal(jax.random.key(0), (32, 16))
     batch = (x, x @ jnp.linspace(-1.0, 1.0, 16))

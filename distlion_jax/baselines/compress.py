@@ -2,13 +2,13 @@
 """A lossy mean of the workers' gradients: the interface of the baselines, and what they share.
 
 A :class:`Compressor` turns n workers' gradients into one mean, the same on all, and says what that
-costs on the wire. :func:`compressed_average` makes an Optax transformation of it: it adds what was
+costs on the wire. :func:`compressed_average` makes an Optax transformation of it. It adds what was
 not sent to the next gradient (error feedback), leaves out workers with numbers that are not finite,
 and keeps the state. An ordinary optimizer follows: ``optax.chain(compressed_average(QSGD()),
-optax.sgd(0.1, momentum=0.9))``.
+replicated(optax.sgd(0.1, momentum=0.9)))``.
 
-Compressors whose messages cannot be added up on the way are :class:`Gathered`: every worker
-receives all n messages and averages them itself, so that their cost grows with n.
+Where messages cannot be added up on the way, the compressor is :class:`Gathered`: every worker
+receives all n messages and averages them itself. Its cost grows with n.
 """
 
 import abc
@@ -19,24 +19,26 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.typing import ArrayLike
 
-from distlion_jax import checks, wire
-from distlion_jax.dense import all_finite
+from distlion_jax import _checks as checks
+from distlion_jax._rounds import in_rounds
+from distlion_jax._rules import AxisName
+from distlion_jax._vote import frames, wire
+from distlion_jax._vote.turnout import MeanHealth, Round, all_finite, no_mean
+from distlion_jax._vote.words import Layout
+from distlion_jax.exchanges import Roles
 from distlion_jax.ledger import Collective, WireCost, layout_of
-from distlion_jax.rules import AxisName, Rules
-from distlion_jax.words import Layout
 
 Leaves = list[Array]
 
 
-class Round(NamedTuple):
-    """What a compressor may know of the round it is used in."""
+class Averaged(NamedTuple):
+    """What a compressor makes of a round."""
 
-    axis_name: AxisName
-    step: Array  # int32[]; the same on all workers: the round
-    worker: Array  # int32[]; this worker's index
-    weight: Array  # int32[]; 1, or 0 for a worker that sits the round out
+    mean: Leaves  # over the workers that take part; NaN if none does; the same on all workers
+    sent: Leaves  # this worker's part in it, which error feedback takes off
+    memory: Any  # the compressor's own; the same on all workers
+    workers: Array  # int32[]: how many took part; the same on all workers
 
 
 class Compressor(abc.ABC):
@@ -51,17 +53,13 @@ class Compressor(abc.ABC):
         return ()
 
     @abc.abstractmethod
-    def mean(self, leaves: Leaves, memory: Any, round_: Round) -> tuple[Leaves, Leaves, Any]:
-        """The mean, what went of this worker into it, and the new memory.
+    def mean(self, leaves: Leaves, memory: Any, context: Round) -> Averaged:
+        """The lossy mean of one round.
 
         Args:
           leaves: float32, this worker's own; finite unless its weight is 0.
           memory: of :meth:`init`, or of the round before.
-          round_: the round.
-
-        Returns:
-          The mean over the workers with weight 1 (NaN if there is none; the same on all workers);
-          this worker's part, that error feedback takes off; the memory, the same on all workers.
+          context: the round.
         """
 
     @abc.abstractmethod
@@ -87,19 +85,19 @@ class Gathered(Compressor):
         """Words of a message."""
 
     @abc.abstractmethod
-    def encode(self, leaves: Leaves, layout: Layout, round_: Round) -> list[Array]:
+    def encode(self, leaves: Leaves, context: Round) -> list[Array]:
         """This worker's message in parts: uint32, of any shapes, ``words`` in all."""
 
     @abc.abstractmethod
     def decode(self, message: Array, layout: Layout) -> Leaves:
         """The leaves that a message, ``uint32[words]``, stands for, in float32."""
 
-    def mean(self, leaves: Leaves, memory: Any, round_: Round) -> tuple[Leaves, Leaves, Any]:
+    def mean(self, leaves: Leaves, memory: Any, context: Round) -> Averaged:
         """Gathers all messages, and averages them one after the other."""
-        layout = Layout([x.shape for x in leaves])
-        weight = wire.vary(round_.weight.astype(jnp.uint32), round_.axis_name)
-        frame = wire.frame([*self.encode(leaves, layout, round_), weight], 1)[0]
-        frames = wire.gather(frame, round_.axis_name, (frame.size,))
+        layout = context.layout
+        weight = wire.vary(context.weight.astype(jnp.uint32), context.axis)
+        frame = frames.frame([*self.encode(leaves, context), weight], 1)[0]
+        gathered = wire.gather(frame, context.axis, (frame.size,))
 
         def add(total: Leaves, frame: Array) -> tuple[Leaves, None]:
             values = self.decode(frame[:-1], layout)
@@ -107,23 +105,14 @@ class Gathered(Compressor):
             return [t + jnp.where(frame[-1] > 0, x, 0) for t, x in pairs], None
 
         nothing = [jnp.zeros(leaf.shape, jnp.float32) for leaf in layout.leaves]
-        total, _ = jax.lax.scan(add, nothing, frames)
-        workers = frames[:, -1].sum().astype(jnp.float32)
-        return [t / workers for t in total], self.decode(frame[:-1], layout), memory
+        total, _ = jax.lax.scan(add, nothing, gathered)
+        workers = gathered[:, -1].sum().astype(jnp.int32)
+        mean = [t / workers.astype(jnp.float32) for t in total]
+        return Averaged(mean, self.decode(frame[:-1], layout), memory, workers)
 
     def collectives(self, layout: Layout, n: int) -> tuple[Collective, ...]:
         """One all-gather."""
         return (Collective("all-gather", "u32", self.words(layout) + 1, n),)
-
-
-def to_words(x: Array) -> Array:
-    """``float32[...]`` as ``uint32[size]``, bit for bit."""
-    return jax.lax.bitcast_convert_type(x.reshape(-1), jnp.uint32)
-
-
-def to_floats(words: Array) -> Array:
-    """``uint32[...]`` as float32 of the same shape, bit for bit."""
-    return jax.lax.bitcast_convert_type(words, jnp.float32)
 
 
 def split_scale(x: Array) -> tuple[Array, Array]:
@@ -142,6 +131,8 @@ class CompressedAverageState(NamedTuple):
     count: Array  # int32[]; the same on all workers: rounds so far
     error: Any  # float32, the parameters' shapes; differs by worker: what was not sent yet
     memory: Any  # the compressor's own; the same on all workers
+    health: MeanHealth  # the last round's
+    roles = Roles(exchange=True, own=("error",), shared=("count", "memory"), like_params=("error",))
 
 
 def compressed_average(
@@ -159,8 +150,8 @@ def compressed_average(
 
     Like :func:`distlion_jax.distributed_lion` it needs the worker's *own* gradient, and its state
     lies outside the mapped function with a leading worker axis. A worker whose gradient (with its
-    error) has no finite norm in float32 sits the round out, and keeps its error. (No
-    health figure shows it; watch for a loss that is not finite.)
+    error) has no finite norm in float32 sits the round out, and keeps its error; the state's
+    :class:`distlion_jax.MeanHealth` shows it.
 
     Args:
       compressor: what is sent: :class:`QSGD`, :class:`TernGrad`, :class:`EFSign`, :class:`TopK` or
@@ -173,9 +164,9 @@ def compressed_average(
       when nobody takes part the mean is NaN.
 
     Raises:
-      ValueError: in ``init`` for parameters that are not real; at trace time in ``update`` for an
-        unbound axis, gradients already summed over it or not of the parameters' shapes, a state of
-        another compressor, or a ``weight``.
+      ValueError: in ``init`` for parameters that are not real. In ``update``, at trace time: for an
+        unbound axis, or a ``weight``; for gradients already summed over the axis, or not of the
+        parameters' shapes; for a state of another compressor.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -189,24 +180,16 @@ def compressed_average(
         raise ValueError(
             f"`compressor` must be a Compressor, as QSGD() or PowerSGD(rank=2); got {compressor!r}."
         )
-    checks.check_axis_name(axis_name)
 
-    def init_fn(params: optax.Params) -> Any:
+    def init(params: optax.Params) -> Any:
         checks.check_params(params, jnp.float32, 0.0)
         error = optax.tree.zeros_like(params, dtype=jnp.float32) if compressor.feedback else ()
         memory = compressor.init(jax.tree.leaves(params))
-        return CompressedAverageState(jnp.zeros([], jnp.int32), error, memory)
+        return CompressedAverageState(jnp.zeros([], jnp.int32), error, memory, no_mean())
 
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        *,
-        participating: ArrayLike = True,
-        weight: ArrayLike | None = None,
-        **extra_args: Any,
+    def update(
+        context: Round, updates: optax.Updates, state: Any, params: optax.Params | None
     ) -> tuple[optax.Updates, Any]:
-        del extra_args
         if params is not None:
             checks.check_like(updates, params)
         if not compressor.feedback and jax.tree.leaves(state.error):
@@ -216,52 +199,45 @@ def compressed_average(
             )
         wanted = jax.tree.map(lambda g: g.astype(jnp.float32), updates)
         if compressor.feedback:
-            checks.check_update(updates, state.error, axis_name)
+            checks.check_momentum(updates, state.error)
             wanted = jax.tree.map(jnp.add, wanted, state.error)
-        round_ = enter(axis_name, state.count, updates, wanted, participating, weight)
+        context = only_with_norm(context, wanted)
         leaves, treedef = jax.tree.flatten(wanted)
-        mean, sent, memory = compressor.mean(leaves, state.memory, round_)
+        out = compressor.mean(leaves, state.memory, context)
         error = state.error
         if compressor.feedback:
-            error = keep(round_, jax.tree.map(jnp.subtract, wanted, treedef.unflatten(sent)), error)
-        return as_updates(mean, updates), CompressedAverageState(
+            rest = jax.tree.map(jnp.subtract, wanted, treedef.unflatten(out.sent))
+            error = keep_unless_absent(context, rest, error)
+        return as_updates(out.mean, updates), CompressedAverageState(
             jnp.asarray(optax.safe_increment(state.count)),
             error,
-            jax.tree.map(lambda x: wire.vary(x, axis_name), memory),  # as the state is stacked
+            jax.tree.map(lambda x: wire.vary(x, axis_name), out.memory),  # as the state is stacked
+            health_of(context, out.workers),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return in_rounds(init, update, axis_name, None)
 
 
-def enter(
-    axis_name: AxisName,
-    count: Array,
-    updates: Any,
-    wanted: Any,
-    participating: ArrayLike,
-    weight: ArrayLike | None,
-) -> Round:
-    """Checks gradients, and decides whether this worker takes part: what it wants has a norm.
+def only_with_norm(context: Round, wanted: Any) -> Round:
+    """The round, which a worker sits out whose numbers have no finite norm in float32.
 
-    One number of 1e20 has none in float32, and would end in scales and errors that are not finite.
+    One number of 1e20 has none, and would end in scales and errors that are not finite.
     """
-    wire.size(axis_name)
-    checks.check_state(count)
-    checks.check_local(updates, axis_name)
-    if weight is not None:
-        raise ValueError("`weight` is for a vote; a compressed average weighs all workers alike.")
-    mine = checks.effective_weight(Rules(), participating, None)
     square = sum(jnp.sum(x * x) for x in jax.tree.leaves(wanted))
-    mine = jnp.where(jnp.isfinite(square), mine, 0)
-    return Round(axis_name, count, jax.lax.axis_index(axis_name), mine)
+    return context.only_if(jnp.isfinite(square))
 
 
-def keep(round_: Round, new: Any, old: Any) -> Any:
+def health_of(context: Round, workers: Array) -> MeanHealth:
+    """Who was counted in the round."""
+    return MeanHealth(context.takes_part, wire.vary(workers, context.axis))
+
+
+def keep_unless_absent(context: Round, new: Any, old: Any) -> Any:
     """The new state of a worker that took part, the old one of a worker that sat out.
 
     The old one too where the new one is not finite, so that one bad round is not remembered.
     """
-    take = (round_.weight > 0) & all_finite(new)
+    take = context.takes_part & all_finite(new)
     return jax.tree.map(lambda x, y: jnp.where(take, x, y), new, old)
 
 

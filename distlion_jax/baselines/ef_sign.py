@@ -6,10 +6,12 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array
 
-from distlion_jax import ballot, wire, words
-from distlion_jax.baselines.compress import Gathered, Leaves, Round, to_floats, to_words
-from distlion_jax.rules import Rules
-from distlion_jax.words import BLOCK, Layout
+from distlion_jax._rules import Rules
+from distlion_jax._vote import ballot, wire, words
+from distlion_jax._vote.frames import to_floats, to_words
+from distlion_jax._vote.turnout import Round
+from distlion_jax._vote.words import BLOCK, Layout
+from distlion_jax.baselines.compress import Gathered, Leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +27,13 @@ class EFSign(Gathered):
     Sent as this package's binary ballot (one bit, and a presence bit a block of 128) and a float32
     a leaf. Signs of different scales cannot be summed in transit: messages are gathered.
 
-    Differs from the paper: it has one worker, here the mean of the workers' messages is applied;
-    errors are of gradients, not of steps (the same where the learning rate
-    is constant); a block of 128 exact zeros stays zero, and d counts the coordinates of the others;
-    isolated zeros toss a coin.
+    Differs from the paper:
+
+    * The paper has one worker. Here the mean of the workers' messages is applied.
+    * The error is kept in gradient units, not in steps. This is the same where the learning rate is
+      constant.
+    * A block of 128 exact zeros stays zero, and is left out of d.
+    * An isolated zero votes by a fair coin.
 
     References:
       Karimireddy et al, `Error Feedback Fixes SignSGD and other Gradient Compression Schemes
@@ -47,12 +52,13 @@ class EFSign(Gathered):
         """Votes, presence of blocks, a scale a leaf."""
         return layout.groups * (BLOCK + 1) + len(layout.leaves)
 
-    def encode(self, leaves: Leaves, layout: Layout, round_: Round) -> list[Array]:
+    def encode(self, leaves: Leaves, context: Round) -> list[Array]:
         """Casts a binary ballot on the leaves, and scales it."""
-        cast = ballot.cast(
-            layout, leaves, leaves, Rules(), 0.0, 0.0, round_.weight, round_.step, round_.worker
+        binary = dataclasses.replace(context, rules=Rules())  # also where there is one worker
+        cast = ballot.cast(binary, leaves, leaves, 0.0)
+        live = words.unpack(
+            context.layout, lambda bit: bit, [cast.present], [jnp.float32] * len(leaves)
         )
-        live = words.unpack(layout, lambda bit: bit, [cast.present], [jnp.float32] * len(leaves))
         pairs = zip(leaves, live, strict=True)
         scales = [jnp.abs(x).sum() / jnp.maximum(y.sum(), 1) for x, y in pairs]
         return [cast.votes, cast.present, to_words(jnp.stack(scales))]

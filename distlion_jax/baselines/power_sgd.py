@@ -10,18 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from distlion_jax import wire
-from distlion_jax.baselines.compress import Compressor, Leaves, Round, split_scale
+from distlion_jax._rules import check_static
+from distlion_jax._vote import wire
+from distlion_jax._vote.turnout import Round, sum_over_present
+from distlion_jax._vote.words import Layout
+from distlion_jax.baselines.compress import Averaged, Compressor, Leaves, split_scale
 from distlion_jax.ledger import Collective
-from distlion_jax.rules import check_static
-from distlion_jax.words import Layout
 
 
 def _usable(new: Array, old: Array) -> Array:
-    """The new Q, but for columns that could not be multiplied by again: all zero, or not finite.
+    """The new Q, but for columns that are all zero or not finite: those stay as they were.
 
-    A Q of zeros would stay so, and its matrix would never move again. Columns are brought near 1,
-    which P minds not: M Q would have the scale of the gradient's square, and be 0 of a tiny one.
+    A column of zeros would stay zero, and the matrix could lose a rank for good. Columns are scaled
+    to about 1. This leaves P, which is orthonormal, unchanged. Unscaled, M Q would grow with the
+    square of the gradient, and underflow for tiny ones.
     """
     fine = jnp.all(jnp.isfinite(new), axis=0) & jnp.any(new != 0, axis=0)
     return jnp.where(fine, jax.vmap(lambda q: split_scale(q)[1], 1, 1)(new), old)
@@ -31,20 +33,23 @@ def _usable(new: Array, old: Array) -> Array:
 class PowerSGD(Compressor):
     r"""Low-rank means by one step of the power method, warm-started, with error feedback.
 
-    A leaf of two or more axes is a matrix M (its last axis against the others). With Q of the step
-    before, in two all-reduces (and one of a number, how many workers take part):
+    A leaf of two or more axes is a matrix M: its last axis against the others. With Q of the step
+    before, in two all-reduces, and a third of one number, how many workers take part:
 
     .. math::
 
       P = \mathrm{orthogonalise}(\tfrac{1}{n} \textstyle\sum_i M_i Q), \qquad
       Q \leftarrow \tfrac{1}{n} \textstyle\sum_i M_i^T P, \qquad \bar M = P Q^T
 
-    Vectors, and matrices that two factors would not make smaller, are averaged as they are, and
-    leave no error. A worker's part, that error feedback takes off, is P P^T M_i.
+    Vectors, and matrices that two factors would not make smaller, are averaged as they are. They
+    leave no error. A worker's part, which error feedback takes off, is P P^T M_i.
 
-    Differs from the paper: momentum is whatever optimizer follows; P is orthogonalised by QR, in
-    the backend's default precision of products, and must come out alike on all workers: on devices
-    of one kind, running one program, it does. A column of Q that is all zero is kept as it was.
+    Differs from the paper:
+
+    * Momentum is whatever optimizer follows.
+    * P is orthogonalised by QR, in the backend's default precision of products. It must come out
+      alike on all workers; on devices of one kind that run one program it does.
+    * A column of Q that is all zero is kept as it was.
 
     Args:
       rank: r, columns of P and Q.
@@ -86,7 +91,7 @@ class PowerSGD(Compressor):
             if both
         ]
 
-    def mean(self, leaves: Leaves, memory: Any, round_: Round) -> tuple[Leaves, Leaves, Any]:
+    def mean(self, leaves: Leaves, memory: Any, context: Round) -> Averaged:
         """Two all-reduces, the first of which carries what is not compressed, too."""
         sides = [self._sides(x.shape) for x in leaves]
         matrices = [x.reshape(both) for x, both in zip(leaves, sides, strict=True) if both]
@@ -98,14 +103,14 @@ class PowerSGD(Compressor):
                 f"{wanted}. A state of another rank or other parameters cannot be gone on with: "
                 "use that rank, or initialise anew."
             )
-        workers = wire.total(round_.weight, round_.axis_name).astype(jnp.float32)
+        workers = wire.total(context.weight, context.axis)
 
         def average(arrays: list[Array]) -> list[Array]:
             if not arrays:
                 return []
             flat = jnp.concatenate([x.reshape(-1) for x in arrays])
-            flat = wire.total(jnp.where(round_.weight > 0, flat, 0), round_.axis_name) / workers
-            parts = wire.split(flat, [x.size for x in arrays])
+            total = sum_over_present(flat, context.weight, context.axis)
+            parts = wire.split(total / workers.astype(jnp.float32), [x.size for x in arrays])
             return [part.reshape(x.shape) for part, x in zip(parts, arrays, strict=True)]
 
         products = [m @ q for m, q in zip(matrices, memory, strict=True)]
@@ -121,7 +126,7 @@ class PowerSGD(Compressor):
 
         mean = assembled([p @ q.T for p, q in zip(ps, qs, strict=True)], means[len(matrices) :])
         memory = [_usable(new, old) for new, old in zip(qs, memory, strict=True)]
-        return mean, assembled(own, rest), memory
+        return Averaged(mean, assembled(own, rest), memory, workers)
 
     def collectives(self, layout: Layout, n: int) -> tuple[Collective, ...]:
         """The number of workers; all P with what is not compressed; all Q."""

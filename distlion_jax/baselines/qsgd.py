@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from distlion_jax import wire, words
-from distlion_jax.baselines.compress import Gathered, Leaves, Round, to_floats, to_words
-from distlion_jax.rules import check_choice, check_static
-from distlion_jax.words import BLOCK, Layout
+from distlion_jax._rules import check_choice, check_static
+from distlion_jax._vote import coins, wire, words
+from distlion_jax._vote.frames import to_floats, to_words
+from distlion_jax._vote.turnout import Round
+from distlion_jax._vote.words import BLOCK, Layout
+from distlion_jax.baselines.compress import Gathered, Leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +27,14 @@ class QSGD(Gathered):
 
       Q(v_j) = \|v\| \, \mathrm{sign}(v_j) \, \frac{1}{s} \lfloor s |v_j| / \|v\| + u_j \rfloor
 
-    which is v_j on average. Sent as bit planes (a sign, and as many bits as ``levels`` takes) and a
-    float32 a bucket. Sums of such messages are no such messages: they are gathered, (n - 1) times
-    the bits of one, against 2 (n-1)/n times for what can be all-reduced.
+    which is v_j on average. A message holds bit planes (a sign, and as many bits as ``levels``
+    takes) and a float32 a bucket. A sum of messages is not a message, so they are gathered: a
+    worker receives n - 1 of them. Of what can be all-reduced it receives 2 (n-1)/n.
 
-    Differs from the paper: levels have a fixed width where the paper offers Elias codes; the random
-    numbers are a hash of (step, coordinate, worker).
+    Differs from the paper:
+
+    * Levels have a fixed width; the paper offers Elias codes.
+    * The random numbers are a hash of (round, coordinate, worker).
 
     Args:
       levels: s, from 1 up to 2**15 - 1; 2**(bits-1) - 1 fill the bits. 7: the paper's 4 bits.
@@ -100,10 +104,10 @@ class QSGD(Gathered):
         level = jnp.minimum(level, self.levels).astype(jnp.uint16)
         return level | ((x < 0).astype(jnp.uint16) << np.uint16(self.planes - 1))
 
-    def encode(self, leaves: Leaves, layout: Layout, round_: Round) -> list[Array]:
+    def encode(self, leaves: Leaves, context: Round) -> list[Array]:
         """Quantises and packs."""
         norms = [self._norms(x) for x in leaves]
-        uniforms = words.uniforms(round_.step, round_.worker + 1, [x.shape for x in leaves])
+        uniforms = coins.uniforms(context.number, context.worker + 1, [x.shape for x in leaves])
         codes = [self._code(*three) for three in zip(leaves, norms, uniforms, strict=True)]
         planes: list[Array] = []
         for k in range(0, self.planes, 2):
@@ -113,7 +117,7 @@ class QSGD(Gathered):
                 bits = code >> shift
                 return (bits & np.uint16(1)) | ((bits & np.uint16(2)) << np.uint16(7))
 
-            planes += words.pack(layout, two, codes)
+            planes += words.pack(context.layout, two, codes)
         return [*planes[: self.planes], *(to_words(norm) for norm in norms)]
 
     def decode(self, message: Array, layout: Layout) -> Leaves:

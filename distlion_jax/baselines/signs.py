@@ -22,9 +22,14 @@ def distributed_signum(
       m_i \leftarrow \beta m_i + (1 - \beta) g_i, \qquad \delta_i = \mathrm{sign}(m_i)
 
     which is :func:`distlion_jax.distributed_lion` with ``b1 = b2 = beta``: its ballot is cast on
-    the blend that becomes the momentum. Differs from the paper: ties and blocks of 128 exact zeros
-    do not move, isolated zeros toss a coin (or as ``options`` say), where published code votes +1;
-    weight decay is decoupled; beta is what Distributed Lion's authors compare with.
+    the blend that becomes the momentum.
+
+    Differs from the paper:
+
+    * Ties and blocks of 128 exact zeros do not move, and isolated zeros vote by a fair coin (or as
+      ``options`` say). Published code votes +1.
+    * Weight decay is decoupled.
+    * beta is what Distributed Lion's authors compare with.
 
     Args:
       learning_rate: step size or schedule.
@@ -53,9 +58,8 @@ def sign_sgd(
 ) -> optax.GradientTransformationExtraArgs:
     r"""SignSGD with majority vote: ``delta_i = sign(g_i)``, and no momentum.
 
-    This is :func:`distlion_jax.distributed_lion` with ``b1 = b2 = 0``. Differs from the paper: ties
-    and blocks of 128 exact zeros do not move, isolated zeros toss a coin (or as ``options`` say),
-    where published code votes +1; weight decay is decoupled.
+    This is :func:`distlion_jax.distributed_lion` with ``b1 = b2 = 0``. It differs from the paper as
+    :func:`distributed_signum` does.
 
     Args:
       learning_rate: step size or schedule.

@@ -10,25 +10,28 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.typing import ArrayLike
 
-from distlion_jax import checks, wire
+from distlion_jax import _checks as checks
+from distlion_jax._rounds import in_rounds
+from distlion_jax._rules import AxisName, check_fraction, concrete_value
+from distlion_jax._vote import wire
+from distlion_jax._vote.frames import to_floats, to_words
+from distlion_jax._vote.turnout import MeanHealth, Round, no_mean
+from distlion_jax._vote.words import Layout
 from distlion_jax.baselines.compress import (
+    Averaged,
     Gathered,
     Leaves,
-    Round,
     as_updates,
-    enter,
-    keep,
-    to_floats,
-    to_words,
+    health_of,
+    keep_unless_absent,
+    only_with_norm,
 )
-from distlion_jax.rules import AxisName, check_fraction, known
-from distlion_jax.words import Layout
+from distlion_jax.exchanges import Roles
 
 
 def _check_density(name: str, value: Any) -> None:
-    number = known(value)
+    number = concrete_value(value)
     if number is None or number.ndim or not 0 < number <= 1:
         raise ValueError(f"`{name}` must be a static number in (0, 1]; got {value!r}.")
 
@@ -37,11 +40,11 @@ def _check_density(name: str, value: Any) -> None:
 class TopK(Gathered):
     r"""The coordinates of largest absolute value of every leaf, the rest kept for later.
 
-    With error feedback (:func:`compressed_average`) this is Gradient Dropping. Sent as the values
-    in float32 and their places in uint32: 64 bits for each of ``ceil(density * size)`` coordinates
-    a leaf, at least one. Workers choose different places, so that messages are gathered.
+    With error feedback (:func:`compressed_average`) this is Gradient Dropping. A message holds the
+    values in float32 and their places in uint32: 64 bits for each of ``ceil(density * size)``
+    coordinates a leaf, at least one. Workers choose different places, so messages are gathered.
 
-    Differs from Gradient Dropping: the k largest are found exactly, leaf by leaf, where the paper
+    Differs from Gradient Dropping: the k largest are found exactly, leaf by leaf. The paper
     estimates one threshold from a sample.
 
     Args:
@@ -73,11 +76,10 @@ class TopK(Gathered):
         """A value and a place for each coordinate that is sent."""
         return 2 * sum(self._sent(layout))
 
-    def encode(self, leaves: Leaves, layout: Layout, round_: Round) -> list[Array]:
+    def encode(self, leaves: Leaves, context: Round) -> list[Array]:
         """Values, then places."""
-        del round_
         flat = [x.reshape(-1) for x in leaves]
-        pairs = zip(flat, self._sent(layout), strict=True)
+        pairs = zip(flat, self._sent(context.layout), strict=True)
         places = [jax.lax.top_k(jnp.abs(x), k)[1] for x, k in pairs]
         values = [to_words(x[at]) for x, at in zip(flat, places, strict=True)]
         return [*values, *(at.astype(jnp.uint32) for at in places)]
@@ -104,6 +106,13 @@ class DeepGradientCompressionState(NamedTuple):
     count: Array  # int32[]; the same on all workers: rounds so far
     momentum: Any  # float32, the parameters' shapes; differs by worker
     accumulated: Any  # float32, likewise: what was not sent yet
+    health: MeanHealth  # the last round's
+    roles = Roles(
+        exchange=True,
+        own=("momentum", "accumulated"),
+        shared=("count",),
+        like_params=("momentum", "accumulated"),
+    )
 
 
 def deep_gradient_compression(
@@ -134,9 +143,9 @@ def deep_gradient_compression(
       momentum: m, in [0, 1).
       warmup: densities of the stages before that; the paper's: (0.25, 0.0625, 0.015625, 0.004).
       warmup_steps: steps of a stage.
-      clip_norm: norm, of all leaves together, that the mean of n independent gradients should not
-        exceed: one worker's is sqrt(n) times as long. (The paper divides gradients by n first, and
-        its threshold by sqrt(n).) None: not clipped.
+      clip_norm: norm of all leaves together that the mean of n independent gradients should not
+        exceed. One worker's gradient is sqrt(n) times as long, and is clipped there. (The paper
+        divides gradients by n first, and its threshold by sqrt(n).) None: not clipped.
       axis_name: mapped axis, or axes, that the workers lie on.
 
     References:
@@ -157,12 +166,12 @@ def deep_gradient_compression(
         raise ValueError(f"`warmup_steps` must be an int of at least 1; got {warmup_steps!r}.")
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"`clip_norm` must be a number above 0, or None; got {clip_norm!r}.")
-    checks.check_axis_name(axis_name)
 
-    def init_fn(params: optax.Params) -> Any:
+    def init(params: optax.Params) -> Any:
         checks.check_params(params, jnp.float32, 0.0)
-        zeros = [optax.tree.zeros_like(params, dtype=jnp.float32) for _ in range(2)]
-        return DeepGradientCompressionState(jnp.zeros([], jnp.int32), *zeros)  # two, to be donated
+        # Two trees and not one twice: buffers that are donated must differ.
+        u, v = (optax.tree.zeros_like(params, dtype=jnp.float32) for _ in range(2))
+        return DeepGradientCompressionState(jnp.zeros([], jnp.int32), u, v, no_mean())
 
     def clipped(g: Any) -> Any:
         if clip_norm is None:
@@ -173,35 +182,30 @@ def deep_gradient_compression(
         factor = jnp.where(jnp.isfinite(norm), factor, jnp.nan)  # inf would clip it to zeros
         return jax.tree.map(lambda x: x * factor, g)
 
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        *,
-        participating: ArrayLike = True,
-        weight: ArrayLike | None = None,
-        **extra_args: Any,
+    def update(
+        context: Round, updates: optax.Updates, state: Any, params: optax.Params | None
     ) -> tuple[optax.Updates, Any]:
-        del params, extra_args
-        wire.size(axis_name)  # says so where the axis is not bound
-        checks.check_update(updates, state.momentum, axis_name)
+        del params
+        checks.check_momentum(updates, state.momentum)
         g = clipped(jax.tree.map(lambda g: g.astype(jnp.float32), updates))
         u = jax.tree.map(lambda u, g: momentum * u + g, state.momentum, g)
         v = jax.tree.map(jnp.add, state.accumulated, u)
-        round_ = enter(axis_name, state.count, updates, v, participating, weight)
+        context = only_with_norm(context, v)
         leaves, treedef = jax.tree.flatten(v)
         branches = [
-            lambda leaves, d=d: TopK(d).mean(leaves, (), round_)[:2]  # the same on all workers
+            lambda leaves, d=d: TopK(d).mean(leaves, (), context)  # the same on all workers
             for d in stages
         ]
-        stage = jnp.minimum(state.count // warmup_steps, len(warmup))
-        mean, sent = jax.lax.switch(stage, branches, leaves)
-        sent = treedef.unflatten(sent)
+        number = wire.from_first(state.count, axis_name)
+        stage = jnp.minimum(number // warmup_steps, len(warmup))
+        out: Averaged = jax.lax.switch(stage, branches, leaves)
+        sent = treedef.unflatten(out.sent)
         rest = lambda tree: jax.tree.map(lambda x, s: jnp.where(s == 0, x, 0), tree, sent)  # noqa: E731
-        return as_updates(mean, updates), DeepGradientCompressionState(
+        return as_updates(out.mean, updates), DeepGradientCompressionState(
             jnp.asarray(optax.safe_increment(state.count)),
-            keep(round_, rest(u), state.momentum),
-            keep(round_, rest(v), state.accumulated),
+            keep_unless_absent(context, rest(u), state.momentum),
+            keep_unless_absent(context, rest(v), state.accumulated),
+            health_of(context, out.workers),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return in_rounds(init, update, axis_name, None)

@@ -8,12 +8,12 @@ The format. 128 consecutive coordinates of a leaf are a *block*, 32 blocks are a
 words. A leaf's first ``4096 * q`` coordinates (its body) fill ``q`` groups: bit ``k`` of word
 ``j`` is coordinate ``k * 128 * q + j``. What is left of every leaf (fewer than 4096 coordinates,
 zero-padded to whole blocks) is collected, in leaf order, into one last virtual leaf that is
-packed the same way. So only whole blocks travel, no block mixes two leaves, and a row whose
+packed the same way. So only whole blocks travel, and no block mixes two leaves. A row whose
 length is a multiple of 128 is a whole number of blocks.
 
-Why planes and not 32 neighbours in a word: splitting the *leading* axis by 32 leaves the minor
-axis untouched, so that packing is 32 contiguous loads and elementwise operations (no relayout on
-any backend). Words are concatenated, floats never are.
+Why planes, and not 32 neighbours in a word? Splitting the *leading* axis by 32 leaves the minor
+axis untouched. Packing is then 32 contiguous loads and elementwise operations, with no relayout on
+any backend. Words are concatenated, floats never are.
 """
 
 from collections.abc import Callable, Sequence
@@ -74,12 +74,12 @@ class Layout:
     @cached_property
     def tail_mask(self) -> np.ndarray:
         """``uint32[tail_groups, 128]``: bits of the tail groups that stand for a coordinate."""
-        real = np.zeros((self.tail_groups * PLANES, BLOCK), np.uint32)
-        flat = real.reshape(-1)
+        valid = np.zeros((self.tail_groups * PLANES, BLOCK), np.uint32)
+        flat = valid.reshape(-1)
         for leaf in self.leaves:
             start = leaf.tail_block * BLOCK
             flat[start : start + leaf.tail] = 1
-        planes = real.reshape(PLANES, self.tail_groups, BLOCK)
+        planes = valid.reshape(PLANES, self.tail_groups, BLOCK)
         shifts = np.arange(PLANES, dtype=np.uint32)[:, None, None]
         return np.bitwise_or.reduce(planes << shifts, axis=0, dtype=np.uint32)
 
@@ -134,6 +134,8 @@ def pack(layout: Layout, code: Callable[..., Array], *trees: Sequence[Array]) ->
         codes = jnp.pad(codes, (0, layout.tail_groups * GROUP - codes.size))
         codes = codes.reshape(_PARTS, _SHARE, layout.tail_groups, BLOCK)
         parts.append(_or_planes([codes[:, k] for k in range(_SHARE)]))
+    # The low byte of a uint16 holds eight votes, the high byte their eight opinions. Four bytes
+    # side by side are a word of either plane.
     both = jnp.concatenate(parts, axis=1).astype(jnp.uint32)
     low, high = both & np.uint32(0xFF), both >> np.uint32(8)
     return _or_planes(list(low), _SHARE), _or_planes(list(high), _SHARE)
@@ -194,43 +196,3 @@ def unpack_bits(words: Array) -> Array:
 def any_in_block(plane: Array) -> Array:
     """``uint32[groups, 1]``: for every block, whether any of its 128 bits is set."""
     return jax.lax.reduce(plane, np.uint32(0), jax.lax.bitwise_or, (plane.ndim - 1,))[..., None]
-
-
-def mix(x: Array) -> Array:
-    """A 32-bit integer hash (two multiply-xorshift rounds, bias below 0.2 %): bits of a coin."""
-    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
-    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
-    return x ^ (x >> np.uint32(16))
-
-
-def _seed(step: Array, stream: Array | int) -> Array:
-    return mix(jnp.asarray(step).astype(jnp.uint32) ^ mix(jnp.asarray(stream).astype(jnp.uint32)))
-
-
-def coins(step: Array, stream: Array | int, first_group: Array | int, groups: int) -> Array:
-    """Fair coins of (step, coordinate, stream), 32 to a word; no state, no key, same on replay.
-
-    Args:
-      step: ``int32[]``, the round.
-      stream: worker index + 1 for the coins of one worker, 0 for the coins that all share.
-      first_group: index of the first group wanted.
-      groups: how many groups.
-
-    Returns:
-      ``uint32[groups, 128]``.
-    """
-    word = jnp.arange(groups * BLOCK, dtype=jnp.uint32).reshape(groups, BLOCK)
-    first = jnp.asarray(first_group).astype(jnp.uint32) * np.uint32(BLOCK)
-    return mix((word + first) ^ _seed(step, stream))
-
-
-def uniforms(step: Array, stream: Array | int, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
-    """Numbers in [0, 1) of (step, coordinate, stream), as the coins: float32, an array a leaf."""
-    out, first = [], 0
-    for shape in shapes:
-        size = int(np.prod(shape, dtype=np.int64))
-        index = jnp.arange(size, dtype=jnp.uint32) + np.uint32(first & 0xFFFFFFFF)
-        bits = mix(index ^ _seed(step, stream)) >> np.uint32(8)
-        out.append((bits.astype(jnp.float32) * 2.0**-24).reshape(shape))
-        first += size
-    return out

@@ -8,6 +8,7 @@ With workers ``i`` and ``n`` of them, each identity below is the shape law of on
 * :func:`scatter`: ``[n, words] -> [n, words]``; row j of worker i's result is row i of worker j's
   operand. ``scatter(x)[j] == gather(x)[j, i]``, at one n-th of the traffic.
 * :func:`total`:   ``[...] -> [...]``; ``total(x) == gather(x).sum(0)``.
+* :func:`from_first`: ``[...] -> [...]``; ``from_first(x) == gather(x)[0]``.
 
 The first two take the sizes of the pieces that the words travel in, a collective each.
 
@@ -15,7 +16,6 @@ All differences between JAX versions, and between pmap, shard_map (replication c
 and vmap, live here.
 """
 
-import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -24,9 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from distlion_jax.rules import AxisName
+from distlion_jax._rules import AxisName
 
-_GATHER_HAS_TO = "to" in inspect.signature(lax.all_gather).parameters
+# `to` is older, but knows "invarying" from 0.10 on only.
+_GATHER_HAS_TO = jax.__version_info__ >= (0, 10)
 
 
 def axes(axis_name: AxisName) -> tuple[str, ...]:
@@ -80,21 +81,6 @@ def unvarying(named: Iterable[tuple[str, Any]], axis_name: AxisName) -> list[str
     return [name for name, x in named if not wanted <= varying_axes(x)]
 
 
-def frame(arrays: Sequence[Array], rows: int) -> Array:
-    """Arrays side by side as ``[rows, words]``, each split over the rows: what one phase sends.
-
-    The concatenation has two axes on purpose: TPU programs gather a vector that was concatenated
-    along its only axis by an all-reduce of n times as many words.
-    """
-    return jnp.concatenate([x.reshape(rows, -1) for x in arrays], axis=1)
-
-
-def unframe(frame: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
-    """The inverse: ``[rows, words]`` to arrays ``[rows, *shape]``."""
-    parts = split(frame, [int(np.prod(shape)) for shape in shapes], 1)
-    return [x.reshape(x.shape[0], *shape) for x, shape in zip(parts, shapes, strict=True)]
-
-
 def split(x: Array, pieces: Sequence[int], axis: int = 0) -> list[Array]:
     """``x`` in pieces of these sizes along an axis."""
     return jnp.split(x, np.cumsum(pieces)[:-1].tolist(), axis)
@@ -134,3 +120,22 @@ def total(x: Array, axis_name: AxisName) -> Array:
 def largest(x: Array, axis_name: AxisName) -> Array:
     """Maximum over workers; replicated."""
     return lax.pmax(vary(x, axis_name), axis_name)
+
+
+def from_first(tree: Any, axis_name: AxisName) -> Any:
+    """Worker 0's values, which JAX then knows to be replicated: one small all-reduce.
+
+    For what is the same on all workers, although JAX cannot know it. Where nothing is tracked, the
+    tree as it is.
+    """
+    if not is_checked(axis_name) or not jax.tree.leaves(tree):
+        return tree
+    first = worker(axis_name) == 0
+    mine = jax.tree.map(lambda x: jnp.where(first, x, jnp.zeros_like(x)), tree)
+    sums = lax.psum(jax.tree.map(lambda x: vary(x, axis_name), mine), axis_name)
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), sums, tree)
+
+
+def worker(axis_name: AxisName) -> Array:
+    """``int32[]``: this worker's index on the axis, or on the product of the axes."""
+    return lax.axis_index(axis_name)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from distlion_jax import rendezvous
+from distlion_jax import cluster
 from tests.helpers import free_port
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -26,7 +26,7 @@ def check_in(*processes):
 
     def one(n, index, program="same"):
         try:
-            rendezvous.check_in(where, n, index, program, TIMEOUT)
+            cluster.check_in(where, n, index, program, TIMEOUT)
         except RuntimeError as error:
             return str(error)
         return ""
@@ -74,9 +74,9 @@ def test_strangers_are_not_counted():
                 time.sleep(0.02)
 
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        first = pool.submit(rendezvous.check_in, f"127.0.0.1:{port}", 2, 0, "", 10.0)
+        first = pool.submit(cluster.check_in, f"127.0.0.1:{port}", 2, 0, "", 10.0)
         pool.submit(stranger).result()
-        second = pool.submit(rendezvous.check_in, f"127.0.0.1:{port}", 2, 1, "", 10.0)
+        second = pool.submit(cluster.check_in, f"127.0.0.1:{port}", 2, 1, "", 10.0)
         assert first.result() is second.result() is None
 
 

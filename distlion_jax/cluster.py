@@ -4,10 +4,10 @@
 In:  what this process was told: an address, how many processes, which one it is.
 Out: an initialised ``jax.distributed``, or a ``RuntimeError`` on every process within the timeout.
 
-JAX's own rendezvous aborts a process that waits in vain (a stack trace, no exception), takes one
-process's count for everybody's, and lets different versions of a program meet. So the
-processes check in first, over one plain TCP connection each: process 0 hears what all believe, and
-answers all with the same verdict.
+JAX's own rendezvous aborts a process that waits in vain: a stack trace, no exception. It takes one
+process's count for everybody's, and lets different versions of a program meet. So the processes
+check in first, over one plain TCP connection each. Process 0 hears what all believe, and answers
+all with the same verdict.
 """
 
 import contextlib
@@ -152,8 +152,8 @@ def join(
       timeout: seconds to wait for the others.
 
     Raises:
-      RuntimeError: on every process, within about the timeout, if one is missing, there are two of
-        one, or they differ in their count, their versions or ``program``.
+      RuntimeError: on every process, within about the timeout, if a process is missing or there
+        are two of one; if they differ in their count, their versions or ``program``.
       ValueError: for an address without a port, a process that is not one of them, or arguments
         of which only some are given.
 

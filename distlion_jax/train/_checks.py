@@ -2,46 +2,21 @@
 """What is wrong with what a train step was given, said before it runs.
 
 In:  the batch, state and extra arguments of a step (shapes and types).
-Out: nothing, or a ``ValueError``. What ``update`` is given is checked in :mod:`checks`.
+Out: nothing, or a ``ValueError``. What ``update`` is given is checked in ``distlion_jax._checks``.
 """
 
 from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
-from distlion_jax.baselines.compress import CompressedAverageState
-from distlion_jax.baselines.top_k import DeepGradientCompressionState
-from distlion_jax.dense import AverageGradientsState, ScaleByAveragedLionState
-from distlion_jax.lion import ScaleByDistributedLionState
-
-EXCHANGES = (  # states of what makes workers agree
-    ScaleByDistributedLionState,
-    ScaleByAveragedLionState,
-    AverageGradientsState,
-    CompressedAverageState,
-    DeepGradientCompressionState,
-)
-
-
-def _holds(state: Any, kinds: tuple[type, ...]) -> bool:
-    is_one = lambda node: isinstance(node, kinds)  # noqa: E731
-    return any(map(is_one, jax.tree.leaves(state, is_leaf=is_one)))
-
-
-def check_replicated(state: Any) -> None:
-    """Raises for a state that is not the same on all workers."""
-    if _holds(state, EXCHANGES):
-        raise ValueError(
-            "`tx` holds a vote or an average over the workers, whose state is each worker's own. "
-            "replicated(...) is for what follows it: optax.chain(compressed_average(...), "
-            "replicated(optax.adamw(...)))."
-        )
+from distlion_jax.exchanges import exchanges
 
 
 def check_averaged(state: Any) -> None:
-    """Raises for a vote on gradients that the step has averaged: full precision, for theatre."""
-    if _holds(state, EXCHANGES):
+    """Raises for a vote on gradients that the step has averaged: it would save nothing."""
+    if exchanges(state):
         raise ValueError(
             "`tx` holds a vote or an average over the workers, and gradients='mean' averages "
             "before it. Use gradients='local'."
@@ -79,13 +54,18 @@ def check_step(batch: Any, state: Any, extra: dict[str, Any], n: int, shards: in
                 )
 
 
-def check_exchange(state: Any) -> None:
-    """Raises for a transformation that sends nothing, where JAX would not see replicas part."""
-    if not _holds(state, EXCHANGES):
+def check_declared(params: Any, state: Any) -> None:
+    """Raises for a transformation that declares no exchange in a step that nobody watches.
+
+    A step compares the replicas of its parameters, but not inside another transformation.
+    """
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves(params)) and not exchanges(state):
         raise ValueError(
-            "`tx` holds no vote and no average over the workers: each would go its own way on its "
-            "local gradient, in silence. Use distributed_lion, put average_gradients before it, or "
-            "use make_train_step with gradients='mean' (or with check_vma=True, where JAX checks)."
+            "`tx` declares no vote and no average over the workers, and inside another "
+            "transformation (as jax.jit) this step cannot compare their parameters: each worker "
+            "could go its own way, in silence. Declare it, distlion_jax.exchange(tx), if it makes "
+            "workers agree; or use distributed_lion, put average_gradients before it, or use "
+            "make_train_step with gradients='mean'."
         )
 
 

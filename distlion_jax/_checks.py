@@ -2,8 +2,9 @@
 """What is wrong with an input, said where it is met: argument, value, and the way out.
 
 In:  what a caller passed to ``init`` or ``update`` (shapes, dtypes, replication; never values of
-     traced arrays, which abstain instead, see :mod:`distlion_jax.ballot`).
-Out: nothing, or a ``ValueError``. Static options are checked in :mod:`distlion_jax.rules`.
+     traced arrays, which abstain instead).
+Out: nothing, or a ``ValueError``. Options are checked in ``_rules``, who takes part is decided in
+     ``_vote.turnout``.
 """
 
 from typing import Any
@@ -13,27 +14,18 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from distlion_jax import wire
-from distlion_jax.rules import AxisName, Rules, known
+from distlion_jax._rules import AxisName, Rules, concrete_value
+from distlion_jax._vote import wire
 
 
 def check_decay(b2: ArrayLike, mu_dtype: DTypeLike) -> None:
     """Raises for a momentum that cannot decay because b2 rounds to 1 in its dtype."""
-    value = known(b2)
+    value = concrete_value(b2)
     if value is not None and value.astype(mu_dtype) >= 1:
         raise ValueError(
             f"`b2` {value} is 1 in {jnp.dtype(mu_dtype)}: the momentum would never decay. Pass "
             "mu_dtype=jnp.float32, or a smaller b2."
         )
-
-
-def in_range(b1: ArrayLike, b2: ArrayLike, *from_zero: ArrayLike) -> Array:
-    """``bool[]``: whether numbers that were traced when they were checked are in range."""
-    b1, b2 = jnp.asarray(b1), jnp.asarray(b2)
-    inside = (b1 >= 0) & (b1 < 1) & (b2 >= 0) & (b2 < 1)
-    for x in map(jnp.asarray, from_zero):
-        inside &= (x >= 0) & (x < jnp.inf)
-    return inside
 
 
 def check_axis_name(axis_name: AxisName | None) -> None:
@@ -71,9 +63,8 @@ def check_mu_dtype(name: str, dtype: DTypeLike) -> None:
     if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).minexp > -100:
         raise ValueError(
             f"{name} must be float32 or bfloat16; got {dtype}. A float16 momentum never decays to "
-            "0 (0.99 times its smallest number rounds back to it), so that one touch votes for "
-            "ever; "
-            "pass mu_dtype=jnp.float32 or mu_dtype=jnp.bfloat16."
+            "0: 0.99 times its smallest number rounds back to it, and a coordinate touched once "
+            "would vote for ever. Pass mu_dtype=jnp.float32 or mu_dtype=jnp.bfloat16."
         )
 
 
@@ -101,25 +92,22 @@ def _named(updates: Any) -> list[tuple[str, Any]]:
     return [(f"updates{jax.tree_util.keystr(path)}", x) for path, x in leaves]
 
 
-def check_update(updates: Any, mu: Any, axis_name: AxisName) -> None:
-    """Raises unless gradients match the momentum and are the worker's own."""
+def check_momentum(updates: Any, mu: Any) -> None:
+    """Raises unless the momentum is of the gradients' structure and shapes, and can decay."""
     if jax.tree.structure(updates) != jax.tree.structure(mu):
         raise ValueError(
             f"`updates` (gradients) and the state's momentum differ in structure: "
             f"{jax.tree.structure(updates)} against {jax.tree.structure(mu)}. Initialise the state "
             "from the same parameters that are differentiated."
         )
-    named = _named(updates)
-    for (name, g), m in zip(named, jax.tree.leaves(mu), strict=True):
+    for (name, g), m in zip(_named(updates), jax.tree.leaves(mu), strict=True):
         if jnp.shape(m) not in (jnp.shape(g), (1, *jnp.shape(g))):
             raise ValueError(
                 f"`{name}` has shape {jnp.shape(g)}, its momentum {jnp.shape(m)}. Inside the "
                 "mapped function both have the parameter's shape: take the leading worker axis "
-                "off the "
-                "state (distlion_jax.mesh does), and do not stack gradients."
+                "off the state (distlion_jax.unstack), and do not stack gradients."
             )
         check_mu_dtype(f"the momentum of `{name}`", m.dtype)
-    check_local(updates, axis_name)
 
 
 def check_like(updates: Any, params: Any) -> None:
@@ -140,17 +128,17 @@ def check_local(updates: Any, axis_name: AxisName) -> None:
     if summed := wire.unvarying(named, axis_name):
         raise ValueError(
             f"`{summed[0]}` is the same on all workers of axis {axis_name!r} ({len(summed)} of "
-            f"{len(named)} leaves are): it has been summed over them already, as autodiff of "
-            "replicated parameters does under jax.shard_map, so that full-precision gradients "
-            "crossed the network and a vote would be theatre. Differentiate with "
+            f"{len(named)} leaves are): it has been summed over them already. Under jax.shard_map "
+            "autodiff does so for replicated parameters. Full-precision gradients then cross the "
+            "network, and a vote on them saves nothing. Differentiate with "
             "distlion_jax.local_value_and_grad, or with respect to jax.lax.pcast(params, "
             f"{axis_name!r}, to='varying')."
         )
 
 
-def check_workers(n: int, axis_name: AxisName, allow_single_worker: bool) -> None:
+def check_workers(n: int, axis_name: AxisName, rules: Rules) -> None:
     """Raises for an axis of one worker that was not asked for."""
-    if n < 2 and not allow_single_worker:
+    if n < 2 and not rules.allow_single_worker:
         raise ValueError(
             f"`axis_name` {axis_name!r} has {n} worker: nobody to vote with. Check the mesh (on "
             "CPU, jax.config.update('jax_num_cpu_devices', 8) makes 8 workers); or pass "
@@ -166,34 +154,3 @@ def check_weights(rules: Rules, n: int) -> None:
             f"`max_weight` {rules.top_weight} times {n} workers is more than 2**24, as "
             "far as their sums are exact. Divide all weights by a common factor."
         )
-
-
-def effective_weight(rules: Rules, participating: ArrayLike, weight: ArrayLike | None) -> Array:
-    """This worker's weight, 0 if it sits out; checks what can be checked without values."""
-    if jnp.shape(participating) or not jnp.issubdtype(jnp.result_type(participating), jnp.bool_):
-        raise ValueError(
-            "`participating` must be a bool scalar, this worker's own; got "
-            f"{jnp.result_type(participating)}{list(jnp.shape(participating))}."
-        )
-    if weight is None:
-        return jnp.where(participating, 1, 0).astype(jnp.int32)
-    if jnp.shape(weight) or not jnp.issubdtype(jnp.result_type(weight), jnp.integer):
-        raise ValueError(
-            "`weight` must be an integer scalar, this worker's own; got "
-            f"{jnp.result_type(weight)}{list(jnp.shape(weight))}."
-        )
-    if rules.max_weight is None:
-        raise ValueError(
-            "`weight` was passed but `max_weight` is None: pass max_weight=<the largest weight> to "
-            "the optimizer, which decides how many bits the counters need."
-        )
-    value = known(weight)
-    if value is not None and not 0 <= value <= rules.top_weight:
-        raise ValueError(
-            f"`weight` must lie in [0, max_weight={rules.top_weight}]; got {weight}. Raise "
-            "max_weight, or divide all weights by a common factor."
-        )
-    weight = jnp.asarray(weight)
-    top = min(rules.top_weight, jnp.iinfo(weight.dtype).max)  # in a narrow dtype it could wrap
-    valid = (weight > 0) & (weight <= top)  # a traced one out of range sits out
-    return jnp.where(jnp.asarray(participating) & valid, weight, 0).astype(jnp.int32)

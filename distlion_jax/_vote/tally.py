@@ -2,8 +2,8 @@
 """n workers' words -> counts -> verdict, all in bit planes; the tie rule; no collectives here.
 
 A small integer per coordinate is kept as *planes*: ``planes[k]`` holds bit ``k`` of 32 integers in
-every word. Counting votes is then a carry-save adder: about ``5 n / 32`` word operations a
-parameter, nothing is unpacked, and no counter can overflow, since there are always enough planes.
+every word. Counting votes is then a carry-save adder, about ``5 n / 32`` word operations a
+parameter. Nothing is unpacked. No counter can overflow, since there are always enough planes.
 
 In:  ballots of n workers, stacked: ``uint32[n, groups, 128]``.
 Out: a :class:`Count` (votes for +1 and voters), from it a verdict: planes that every worker can
@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from distlion_jax import words
-from distlion_jax.ballot import Ballot
+from distlion_jax._vote import words
+from distlion_jax._vote.ballot import Ballot
 
 Planes = tuple[Array, ...]
 _UNROLLED = 128  # workers that one adder takes; with more, chunks, so that compiling stays quick
@@ -46,6 +46,7 @@ def planes_for(n: int, max_weight: int) -> int:
 
 
 def _full_add(x: Array, y: Array, z: Array) -> tuple[Array, Array]:
+    """Three bits to their sum and carry, 32 coordinates at once: ``x + y + z = sum + 2 carry``."""
     xy = x ^ y
     return xy ^ z, (x & y) | (xy & z)
 
@@ -105,6 +106,7 @@ def _masks(weight: Array, max_weight: int) -> list[Array]:
     if max_weight == 1:  # present is already empty for weight 0
         return [jnp.full((len(weight), 1, 1), 0xFFFFFFFF, jnp.uint32)]
     bits = [(weight >> b) & 1 for b in range(max_weight.bit_length())]
+    # -1 is all ones in two's complement: a bit of 0 or 1 becomes a mask of a whole word.
     return [(-bit).astype(jnp.uint32).reshape(-1, 1, 1) for bit in bits]
 
 
@@ -127,6 +129,8 @@ def count(ballots: Ballot, max_weight: int) -> Count:
 
 def _compare(count: Count) -> tuple[Array, Array]:
     """Masks ``uint32[groups, 128]``: where the sum of votes is positive, and where it is 0."""
+    # The sum of votes is 2 positive - voters. Its sign is found by comparing the two numbers from
+    # the highest plane down: the first plane in which they differ decides.
     twice = (jnp.zeros_like(count.positive[0]), *count.positive)
     voters = (*count.voters, jnp.zeros_like(count.voters[0]))
     above, equal = jnp.zeros_like(twice[0]), ~jnp.zeros_like(twice[0])
@@ -163,6 +167,7 @@ def average(count: Count) -> Planes:
     """
     if count.voters[0].shape[-1] == 1:
         return (*count.positive, *count.voters)
+    # 2 p - v = 2 p + ~v + 1 in two's complement: the carry starts at 1, and ripples up the planes.
     twice = (jnp.zeros_like(count.positive[0]), *count.positive)
     minus = tuple(~v for v in (*count.voters, jnp.zeros_like(count.voters[0])))
     carry, out = ~jnp.zeros_like(twice[0]), []
@@ -194,25 +199,26 @@ def decode_average(kind: str, voters: Array) -> Callable[..., Array]:
             total = 2 * _number(bits[:half]) - _number(bits[half:])
         else:
             total = _number(bits[:-1]) - (bits[-1] << (len(bits) - 1))
-        # An array that is always `whole` (no sum exceeds it), which XLA cannot know: a scalar it
-        # replaces on some paths by a product with the reciprocal, off by a unit in the last place.
+        # `divisor` always equals `whole`, as no sum exceeds it, but XLA cannot prove it. In some
+        # programs XLA turns division by a scalar into multiplication by the reciprocal, which
+        # differs in the last bit.
         divisor = jnp.where(total > whole, 1, whole)
         return total.astype(jnp.float32) / divisor.astype(jnp.float32)
 
     return value
 
 
-def margins(count: Count, real: Array, owner: Array | None, segments: int) -> Margins:
+def margins(count: Count, valid_bits: Array, owner: Array | None, segments: int) -> Margins:
     """Sums ties and margins of these groups.
 
     Args:
       count: of these groups.
-      real: ``uint32[groups, 128]``, bits that stand for a coordinate (not for padding).
+      valid_bits: ``uint32[groups, 128]``, bits that stand for a coordinate (not for padding).
       owner: ``int32[groups, 32]``, the segment (leaf) of each block, or None for one total.
       segments: how many segments; a block whose owner is ``segments`` is dropped.
     """
     above, equal = _compare(count)
-    below, above = ~(above | equal) & real, above & real
+    below, above = ~(above | equal) & valid_bits, above & valid_bits
 
     def weigh(plane: Array) -> Array:
         if owner is None:
@@ -229,4 +235,5 @@ def margins(count: Count, real: Array, owner: Array | None, segments: int) -> Ma
     # One integer a word (or bit) and one sum: XLA then walks the counts once, not once a plane.
     leads = [(weigh(p & above) - weigh(p & below)) << (k + 1) for k, p in enumerate(count.positive)]
     leads += [(weigh(v & below) - weigh(v & above)) << k for k, v in enumerate(count.voters)]
-    return Margins(total(weigh(equal & _any(count.voters) & real)), total(sum(leads[1:], leads[0])))
+    tied = equal & _any(count.voters) & valid_bits
+    return Margins(total(weigh(tied)), total(sum(leads[1:], leads[0])))

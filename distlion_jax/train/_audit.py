@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runtime checks of what JAX cannot tell at trace time: who holds what, bit for bit.
 
-Train steps look now and then where JAX cannot; the rest is for debugging and tests. Under
-``jax.pmap`` and ``shard_map(check_vma=False)`` a gradient that was summed already looks like a
-local one, and replicas that differ look replicated; these functions look at the bits.
+Train steps look now and then where JAX cannot; the rest is for debugging and tests. JAX checks
+nothing under ``jax.pmap`` and ``shard_map(check_vma=False)``. There a gradient that was summed
+already looks like a local one, and replicas that differ look replicated. These functions look at
+the bits.
 """
 
 import functools
@@ -18,9 +19,9 @@ from jax.core import Tracer
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from distlion_jax import wire
-from distlion_jax.rules import AxisName
-from distlion_jax.words import mix
+from distlion_jax._rules import AxisName
+from distlion_jax._vote import wire
+from distlion_jax._vote.coins import mix
 
 
 def checksum(tree: Any) -> Array:
@@ -71,7 +72,7 @@ def replicas_agree(tree: Any, mesh: Mesh) -> bool:
       ValueError: for an array that does not claim to be replicated.
 
     Examples:
-      >>> from distlion_jax.mesh import replicate, worker_mesh
+      >>> from distlion_jax import replicate, worker_mesh
       >>> mesh = worker_mesh(8)
       >>> replicas_agree(replicate({"w": jnp.ones(3)}, mesh), mesh)
       True
@@ -105,7 +106,7 @@ def everywhere(same: Array) -> bool:
     return all(bool(np.all(np.asarray(shard.data))) for shard in same.addressable_shards)
 
 
-def watch(agree: Callable[[Any], bool]) -> Callable[[Any], None]:
+def check_on_schedule(agree: Callable[[Any], bool]) -> Callable[[Any], None]:
     """Looks, in calls 1, 2, 4, 8 and so on, whether all workers hold the same parameters.
 
     For steps in which JAX does not check it. It costs a small program to compile, and a wait for
@@ -132,9 +133,10 @@ def watch(agree: Callable[[Any], bool]) -> Callable[[Any], None]:
         raise ValueError(
             f"`params{next(differing)}` differs by worker after call {calls} of this step: it "
             "differed from the start, or what `tx` does to it, or in some steps, is each worker's "
-            "own (as what optax.masked passes on, or a vote over some of the axes only). Begin "
-            "with one set for all, and let every leaf be voted on, averaged or frozen: "
-            "distributed_lion_by_label."
+            "own (as an ordinary optimizer on local gradients, what optax.masked passes on, or a "
+            "vote over some of the axes only). Begin with one set for all, and let every leaf be "
+            "voted on, averaged or frozen: distributed_lion, distributed_lion_by_label, "
+            "average_gradients before another optimizer, or make_train_step with gradients='mean'."
         )
 
     return look

@@ -9,7 +9,7 @@ none. Sent as a constant +1 or -1 it would drag frozen layers, padded rows and n
 embeddings by the learning rate every step. So a ballot has a second, smaller plane:
 
 * ``binary``: one presence bit per block of 128 coordinates. A block that is all zero abstains; an
-  isolated zero in a live block votes by a fair coin of (step, coordinate, worker).
+  isolated zero in a live block votes by a fair coin of (round, coordinate, worker).
 * ``ternary``: a presence bit per coordinate. Zeros abstain exactly, and so do blends within
   ``threshold`` of 0.
 
@@ -24,8 +24,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from distlion_jax import words
-from distlion_jax.rules import Rules
+from distlion_jax._vote import coins, noise, words
+from distlion_jax._vote.turnout import Round
 
 
 class Ballot(NamedTuple):
@@ -37,7 +37,10 @@ class Ballot(NamedTuple):
 
 
 def _code(b1: ArrayLike, threshold: ArrayLike) -> Callable[..., Array]:
-    """Two-bit code of a blend: bit 0 positive, bit 8 an opinion; bit 0 alone: not finite."""
+    """Two-bit code of a blend: bit 0 positive, bit 8 an opinion; bit 0 alone: not finite.
+
+    The bits lie 8 apart because :func:`words.pack` puts eight coordinates into one uint16.
+    """
 
     def code(g: Array, m: Array, noise: Array | None = None) -> Array:
         blend = (1.0 - b1) * g + b1 * m  # Optax's order of operations, so that n = 1 is its Lion
@@ -51,44 +54,29 @@ def _code(b1: ArrayLike, threshold: ArrayLike) -> Callable[..., Array]:
     return code
 
 
-def cast(
-    layout: words.Layout,
-    gradients: Sequence[Array],
-    mu: Sequence[Array],
-    rules: Rules,
-    b1: ArrayLike,
-    threshold: ArrayLike,
-    weight: Array,
-    step: Array,
-    worker: Array,
-    noise: Sequence[Array] | None = None,
-) -> Ballot:
+def cast(context: Round, gradients: Sequence[Array], mu: Sequence[Array], b1: ArrayLike) -> Ballot:
     """Casts this worker's ballot in one pass over gradient and momentum.
 
     Args:
-      layout: of the leaves.
+      context: the round; its rules name the kind of presence, the dead zone and the noise.
       gradients: this worker's own gradients.
       mu: this worker's own momentum, same shapes.
-      rules: ``ballot``, the kind of presence.
       b1: weight of the momentum in the blend.
-      threshold: blends with ``|blend| <= threshold`` have no opinion.
-      weight: ``int32[]``, this worker's say; 0 sits out.
-      step: ``int32[]``, the round, for the coins.
-      worker: ``int32[]``, this worker's index, for the coins.
-      noise: numbers to add to the blends that have an opinion, same shapes; None: nothing.
 
     Returns:
       The ballot; ``weight`` is 0 and nothing is present where the worker sits out.
     """
-    positive, opinion = words.pack(
-        layout, _code(b1, threshold), gradients, mu, *(() if noise is None else (noise,))
-    )
-    finite = jnp.all((positive & ~opinion) == 0)  # found in the words: no pass over the floats
-    weight = jnp.where(finite, weight, 0)
+    rules, layout = context.rules, context.layout
+    added = () if rules.noise is None else (noise.draw(context, gradients, mu, b1),)
+    code = _code(b1, rules.dead_zone)
+    positive, opinion = words.pack(layout, code, gradients, mu, *added)
+    # Positive without an opinion is the code of a number that is not finite. Found in the words, it
+    # costs no pass over the floats.
+    context = context.only_if(jnp.all((positive & ~opinion) == 0))
     if rules.ballot == "binary":
-        coin = words.coins(step, worker + 1, 0, layout.groups)
+        coin = coins.coins(context.number, context.worker + 1, 0, layout.groups)
         votes, present = positive | (coin & ~opinion), words.any_in_block(opinion)
     else:
         votes, present = positive, opinion
-    present = jnp.where(weight > 0, present, np.uint32(0))
-    return Ballot(votes, present, weight)
+    present = jnp.where(context.takes_part, present, np.uint32(0))
+    return Ballot(votes, present, context.weight)

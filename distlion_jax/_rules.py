@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of a vote: their names, types, defaults and checks, once for every signature.
+
+:class:`VoteOptions` is what a type checker sees of ``**options``; :class:`Rules` holds the defaults
+and checks them where they are chosen; :func:`takes_vote_options` shows them in a signature. A new
+option is a line in the first two, and the code that reads it.
+
+Errors name the argument, the value, what is allowed and the way out.
+"""
+
+import dataclasses
+import difflib
+import functools
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any, Literal, ParamSpec, TypedDict, TypeVar, get_args
+
+import numpy as np
+from jax.core import Tracer
+from jax.typing import ArrayLike
+
+Aggregation = Literal["majority", "average"]
+Transport = Literal["auto", "all_gather", "two_phase", "psum"]
+Ties = Literal["zero", "coin"]
+BallotKind = Literal["binary", "ternary"]
+HealthDetail = Literal["off", "total", "leaf"]
+AxisName = str | tuple[str, ...]
+
+TRANSPORTS: tuple[str, ...] = get_args(Transport)
+
+MAX_WEIGHT = 2**16 - 1
+MAX_CHUNKS = 64
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raises unless ``value`` is one of the allowed names."""
+    if value not in allowed:
+        names = ", ".join(repr(choice) for choice in allowed)
+        raise ValueError(f"`{name}` must be one of {names}; got {value!r}.")
+
+
+def concrete_value(value: Any) -> np.ndarray | None:
+    """The value of a number that is known now; None for a traced one."""
+    return None if isinstance(value, Tracer) else np.asarray(value)
+
+
+def check_fraction(name: str, value: Any) -> None:
+    """Raises unless a number lies in [0, 1); a traced one is let through."""
+    number = concrete_value(value)
+    if number is not None and not (number.ndim == 0 and 0.0 <= number < 1.0):
+        raise ValueError(f"`{name}` must lie in [0, 1); got {value!r}.")
+
+
+def check_from_zero(name: str, value: Any) -> None:
+    """Raises unless a number is finite and at least 0; None and a traced one are let through."""
+    number = None if value is None else concrete_value(value)
+    if number is not None and not (number.ndim == 0 and 0 <= number < float("inf")):
+        raise ValueError(f"`{name}` must be a finite number of at least 0; got {value!r}.")
+
+
+def check_static(name: str, value: Any, allowed: str, top: int) -> None:
+    """Raises unless ``value`` is a Python integer in [1, top]; it decides shapes."""
+    try:
+        number = operator.index(value)
+    except Exception:  # a tracer raises its own error here
+        raise ValueError(
+            f"`{name}` must be a static Python {allowed}; got {value!r}. With "
+            f"optax.inject_hyperparams, name it in static_args=('{name}',)."
+        ) from None
+    if not 1 <= number <= top:
+        raise ValueError(f"`{name}` must lie in [1, {top}]; got {number}.")
+
+
+class VoteOptions(TypedDict, total=False):
+    """The options of a vote that every factory of one takes; see :class:`Rules`."""
+
+    transport: Transport
+    ties: Ties
+    ballot: BallotKind
+    threshold: ArrayLike | None
+    noise: ArrayLike | None
+    max_weight: int | None
+    health: HealthDetail
+    chunks: int | None
+    allow_single_worker: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What a vote follows; :func:`distlion_jax.distributed_lion` says what each option means.
+
+    ``threshold`` and ``noise`` may be traced. All else is a Python value and decides shapes, bytes
+    or semantics. The numbers are ``None`` by default where ``optax.inject_hyperparams`` would
+    trace them.
+    """
+
+    aggregation: Aggregation = "majority"
+    transport: Transport = "auto"
+    ties: Ties = "zero"
+    ballot: BallotKind = "binary"
+    threshold: ArrayLike | None = None
+    noise: ArrayLike | None = None
+    max_weight: int | None = None
+    health: HealthDetail = "total"
+    chunks: int | None = None
+    allow_single_worker: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("aggregation", self.aggregation, get_args(Aggregation))
+        check_choice("transport", self.transport, TRANSPORTS)
+        check_choice("ties", self.ties, get_args(Ties))
+        check_choice("ballot", self.ballot, get_args(BallotKind))
+        check_choice("health", self.health, get_args(HealthDetail))
+        if self.threshold is not None and self.ballot != "ternary":
+            raise ValueError(
+                f"`threshold` {self.threshold!r} needs ballot='ternary': one bit a parameter "
+                "cannot abstain."
+            )
+        check_from_zero("threshold", self.threshold)
+        check_from_zero("noise", self.noise)
+        if self.max_weight is not None:
+            check_static("max_weight", self.max_weight, "int or None", MAX_WEIGHT)
+        if self.chunks is not None:
+            check_static("chunks", self.chunks, "int or None", MAX_CHUNKS)
+        if self.chunks is not None and self.chunks > 1 and self.transport == "psum":
+            raise ValueError(
+                f"`chunks` {self.chunks} splits words, and transport='psum' sends none. Leave it "
+                "out, or use 'auto', 'all_gather' or 'two_phase'."
+            )
+
+    def for_workers(self, n: int) -> "Rules":
+        """The rules that n workers follow: one alone has nobody to tell, and its zeros abstain.
+
+        So n = 1 is Optax's Lion (without noise).
+        """
+        return self if n > 1 else dataclasses.replace(self, ballot="ternary")
+
+    @property
+    def dead_zone(self) -> ArrayLike:
+        """Blends up to this abstain."""
+        return 0.0 if self.threshold is None else self.threshold
+
+    @property
+    def top_weight(self) -> int:
+        """The largest say of one worker: 1 unless weights are in use."""
+        return 1 if self.max_weight is None else int(self.max_weight)
+
+
+def takes_vote_options(factory: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Shows the options of a vote in the signature of a factory that takes ``**options``.
+
+    ``help`` and ``optax.inject_hyperparams`` read them there. An unknown option is refused with the
+    nearest known one.
+    """
+    shown = inspect.signature(factory)
+    named = [p for p in shown.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    options = [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type
+        )
+        for field in dataclasses.fields(Rules)
+        if field.name in VoteOptions.__annotations__
+    ]
+    signature = shown.replace(parameters=[*named, *options])
+
+    @functools.wraps(factory)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        for name in kwargs:
+            if name not in signature.parameters:
+                near = difflib.get_close_matches(name, signature.parameters, 1)
+                hint = f" Did you mean `{near[0]}`?" if near else ""
+                raise TypeError(f"{factory.__name__}() has no argument `{name}`.{hint}")
+        return factory(*args, **kwargs)
+
+    setattr(checked, "__signature__", signature)  # noqa: B010 (functions have no such field)
+    return checked

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who takes part in a round, and the one mean over those who do.
+
+In:  what a worker was told (``participating``, ``weight``), hyperparameters, its own numbers.
+Out: a :class:`Round`, which all that follows is handed; sums and means over the axis.
+
+A worker sits a round out in four cases: it was told to; its weight is 0 or out of range; a traced
+hyperparameter is out of range; one of its numbers is not finite. A :class:`Round` says so by its
+weight, 0, and by nothing else.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from distlion_jax._rules import AxisName, Rules, concrete_value
+from distlion_jax._vote import wire
+from distlion_jax._vote.words import Layout
+from distlion_jax.exchanges import Roles
+
+FIGURES = 2  # that a mean sends beside its numbers: sum of the weights, workers
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """One round, as one worker sees it."""
+
+    number: Array  # int32[]; the same on all workers: rounds before this one, seeds the coins
+    worker: Array  # int32[]: this worker's index
+    weight: Array  # int32[]: this worker's say; 0: it sits the round out
+    axis: AxisName
+    layout: Layout  # of the leaves
+    rules: Rules  # those that the axis's number of workers follows
+
+    @property
+    def workers(self) -> int:
+        """How many workers the axis has."""
+        return wire.size(self.axis)
+
+    @property
+    def takes_part(self) -> Array:
+        """``bool[]``: whether this worker does."""
+        return self.weight > 0
+
+    def only_if(self, fine: Array) -> "Round":
+        """The same round, which this worker sits out unless all is fine."""
+        return dataclasses.replace(self, weight=jnp.where(fine, self.weight, 0))
+
+
+def begin(
+    number: Array,
+    leaves: Sequence[Array],
+    axis: AxisName,
+    rules: Rules | None = None,
+    participating: ArrayLike = True,
+    weight: ArrayLike | None = None,
+) -> Round:
+    """The round that a worker enters with these leaves; numbers that are not finite come later.
+
+    Args:
+      number: ``int32[]``, rounds before this one.
+      leaves: this worker's own gradients; their shapes matter.
+      axis: mapped axis, or axes.
+      rules: what the workers follow; None: the defaults.
+      participating: ``bool[]``, this worker's own; False sits the round out.
+      weight: ``int[]`` in [0, max_weight], this worker's own; None: 1.
+
+    Raises:
+      ValueError: for an axis that is not bound, or arguments of another kind.
+    """
+    rules = Rules() if rules is None else rules
+    n = wire.size(axis)
+    return Round(
+        number,
+        wire.worker(axis),
+        say(rules, participating, weight),
+        axis,
+        Layout([x.shape for x in leaves]),
+        rules.for_workers(n),
+    )
+
+
+def say(rules: Rules, participating: ArrayLike, weight: ArrayLike | None) -> Array:
+    """``int32[]``: this worker's weight, 0 if it was told to sit out."""
+    if jnp.shape(participating) or not jnp.issubdtype(jnp.result_type(participating), jnp.bool_):
+        raise ValueError(
+            "`participating` must be a bool scalar, this worker's own; got "
+            f"{jnp.result_type(participating)}{list(jnp.shape(participating))}."
+        )
+    if weight is None:
+        return jnp.where(participating, 1, 0).astype(jnp.int32)
+    if jnp.shape(weight) or not jnp.issubdtype(jnp.result_type(weight), jnp.integer):
+        raise ValueError(
+            "`weight` must be an integer scalar, this worker's own; got "
+            f"{jnp.result_type(weight)}{list(jnp.shape(weight))}."
+        )
+    if rules.max_weight is None:
+        raise ValueError(
+            "`weight` was passed but `max_weight` is None: pass max_weight=<the largest weight> to "
+            "the optimizer, which decides how many bits the counters need."
+        )
+    value = concrete_value(weight)
+    if value is not None and not 0 <= value <= rules.top_weight:
+        raise ValueError(
+            f"`weight` must lie in [0, max_weight={rules.top_weight}]; got {weight}. Raise "
+            "max_weight, or divide all weights by a common factor."
+        )
+    weight = jnp.asarray(weight)
+    top = min(rules.top_weight, jnp.iinfo(weight.dtype).max)  # in a narrow dtype it could wrap
+    valid = (weight > 0) & (weight <= top)  # a traced one out of range sits out
+    return jnp.where(jnp.asarray(participating) & valid, weight, 0).astype(jnp.int32)
+
+
+def sane(b1: ArrayLike, b2: ArrayLike, *from_zero: ArrayLike) -> Array:
+    """``bool[]``: whether numbers that were traced when they were checked are in range."""
+    b1, b2 = jnp.asarray(b1), jnp.asarray(b2)
+    inside = (b1 >= 0) & (b1 < 1) & (b2 >= 0) & (b2 < 1)
+    for x in map(jnp.asarray, from_zero):
+        inside &= (x >= 0) & (x < jnp.inf)
+    return inside
+
+
+def all_finite(tree: Any) -> Array:
+    """``bool[]``: whether every number in the tree is finite."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)] or [True]))
+
+
+class MeanHealth(NamedTuple):
+    """How a full-precision mean went: who was counted."""
+
+    counted: Array  # bool[]; differs by worker: whether this worker was
+    workers: Array  # int32[]; the same on all workers: how many were
+    roles = Roles(own=("counted",), shared=("workers",))
+
+
+def no_mean() -> MeanHealth:
+    """Before the first round."""
+    return MeanHealth(jnp.ones([], jnp.bool_), jnp.zeros([], jnp.int32))
+
+
+def sum_over_present(
+    x: Array, weight: Array, axis: AxisName, wire_dtype: DTypeLike | None = None
+) -> Array:
+    """``sum_i weight_i x_i`` over the workers with a weight, in float32 at least; replicated."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    mine = jnp.where(weight > 0, x.astype(wide) * weight, 0)
+    return wire.total(mine.astype(wire_dtype or wide), axis).astype(wide)
+
+
+def weighted_sum(
+    tree: Any, weight: Array, axis: AxisName, wire_dtype: DTypeLike | None = None
+) -> tuple[Any, Array, MeanHealth]:
+    """Sums over the workers with a weight, in float32 at least.
+
+    Args:
+      tree: this worker's own arrays; finite unless its weight is 0.
+      weight: ``int32[]``, this worker's; 0 leaves it out.
+      axis: mapped axis, or axes.
+      wire_dtype: of the sum; None: float32, or what is wider.
+
+    Returns:
+      ``sum_i weight_i x_i`` of every leaf; ``float32[]``, the sum of the weights; who was counted.
+      The sums and their count are the same on all workers.
+    """
+    sums = jax.tree.map(lambda x: sum_over_present(x, weight, axis, wire_dtype), tree)
+    # One small all-reduce of FIGURES. Sums of weights up to 2**24 are exact in float32.
+    figures = jnp.stack([weight, weight > 0]).astype(jnp.float32)
+    whole, workers = wire.total(figures, axis)
+    return sums, whole, MeanHealth(weight > 0, workers.astype(jnp.int32))
+
+
+def finite_mean(
+    tree: Any,
+    axis: AxisName,
+    weight: ArrayLike = 1,
+    wire_dtype: DTypeLike | None = None,
+) -> tuple[Any, MeanHealth]:
+    """The full-precision mean over the workers, less those with a number that is not finite.
+
+    Every mean of the package is this one. It is NaN where nobody is counted.
+
+    Args:
+      tree: this worker's own arrays.
+      axis: mapped axis, or axes.
+      weight: ``int32[]``, this worker's; 0 leaves it out.
+      wire_dtype: of the sum; None: float32.
+
+    Returns:
+      The mean, in the arrays' dtypes and the same on all workers; who was counted.
+    """
+    weight = jnp.where(all_finite(tree), jnp.asarray(weight, jnp.int32), 0)
+    sums, whole, health = weighted_sum(tree, weight, axis, wire_dtype)
+    mean = lambda s, x: (s / whole.astype(s.dtype)).astype(x.dtype)  # noqa: E731 (0 / 0 is NaN)
+    return jax.tree.map(mean, sums, tree), health

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counts -> verdict and its health -> directions.
+
+In:  the counted ballots of some groups.
+Out: a :class:`Verdict`, the same on every worker, bit for bit; from it the leaves' directions.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from distlion_jax._rules import Rules
+from distlion_jax._vote import coins, tally, words
+from distlion_jax._vote.turnout import Round
+from distlion_jax._vote.words import BLOCK, PLANES, Layout
+from distlion_jax.exchanges import Roles
+
+
+class Verdict(NamedTuple):
+    """What a round decided; the same on every worker."""
+
+    planes: tuple[Array, ...]  # uint32[groups, 128 or 1] each; `decode` knows what they mean
+    voters: Array  # int32[]: workers that took part
+    weight: Array  # int32[]: sum of their weights (= voters without weights)
+    tied: Array  # float32[segments]: coordinates whose vote was tied
+    margin: Array  # float32[segments]: sum over coordinates of |sum of votes|
+
+
+class VoteHealth(NamedTuple):
+    """The last round's health. Scalars; ``tied`` and ``margin`` are a list with ``"leaf"``."""
+
+    voted: Array  # bool[]; differs by worker: whether this worker took part
+    voters: Array  # int32[]; the same on all workers: how many took part
+    tied: Any  # float32[] (or a list, a scalar per leaf); same: share of coordinates tied
+    margin: Any  # float32[] (or a list, a scalar per leaf); same: mean |sum of votes| / weight
+    roles = Roles(own=("voted",), shared=("voters", "tied", "margin"))
+
+
+def judge(
+    count: tally.Count, layout: Layout, rules: Rules, round: Array, first: Array | int
+) -> tuple[tuple[Array, ...], Array, Array]:
+    """Planes, ties and margins of the groups ``first, first + 1, ...`` that were counted."""
+    groups = count.positive[0].shape[0]
+    if rules.aggregation == "majority":
+        coin = coins.coins(round, 0, first, groups) if rules.ties == "coin" else jnp.uint32(0)
+        planes = tally.majority(count, rules.ties, coin)
+    else:
+        planes = tally.average(count)
+    if rules.health == "off":
+        return planes, jnp.zeros((0,), jnp.float32), jnp.zeros((0,), jnp.float32)
+    index = first + jnp.arange(groups)
+    # Groups past the last one are padding: the row of zeros at the end of the table.
+    table = np.concatenate([layout.tail_mask, np.zeros((1, BLOCK), np.uint32)])
+    tail = jnp.asarray(table)[jnp.clip(index - layout.body_groups, 0, layout.tail_groups)]
+    in_body = (index < layout.body_groups)[:, None]
+    valid_bits = jnp.where(in_body, np.uint32(0xFFFFFFFF), tail)
+    owner, segments = None, 1
+    if rules.health == "leaf":
+        segments = len(layout.leaves)
+        rows = np.concatenate([layout.block_leaf, np.full((1, PLANES), segments, np.int32)])
+        owner = jnp.asarray(rows)[jnp.minimum(index, layout.groups)]
+    margins = tally.margins(count, valid_bits, owner, segments)
+    return planes, margins.tied, margins.margin
+
+
+def decode(verdict: Verdict, context: Round, dtypes: list[Any]) -> list[Array]:
+    """The verdict as leaves: -1, 0 or +1 (majority), or the mean vote in [-1, 1] (average)."""
+    rules = context.rules
+    if rules.aggregation == "majority":
+        return words.unpack(context.layout, tally.decode_majority, verdict.planes, dtypes)
+    value = tally.decode_average(rules.ballot, verdict.weight)
+    return words.unpack(context.layout, value, verdict.planes, dtypes)
+
+
+def no_health(rules: Rules, leaves: int) -> VoteHealth | None:
+    """Before the first round; None with ``health="off"``."""
+    if rules.health == "off":
+        return None
+    zero = jnp.zeros([], jnp.float32)
+    figures = zero if rules.health == "total" else [zero] * leaves
+    return VoteHealth(jnp.ones([], jnp.bool_), jnp.zeros([], jnp.int32), figures, figures)
+
+
+def health_of(verdict: Verdict, context: Round, voted: Array) -> VoteHealth | None:
+    """Of a round: sums as shares of the coordinates, and of the voters' weight."""
+    rules, layout = context.rules, context.layout
+    if rules.health == "off":
+        return None
+    sizes = [leaf.size for leaf in layout.leaves] if rules.health == "leaf" else [layout.size]
+    size = jnp.asarray([max(s, 1) for s in sizes], jnp.float32)
+    tied = verdict.tied / size
+    margin = verdict.margin / (size * jnp.maximum(verdict.weight, 1).astype(jnp.float32))
+    if rules.health == "leaf":
+        return VoteHealth(voted, verdict.voters, list(tied), list(margin))
+    return VoteHealth(voted, verdict.voters, tied[0], margin[0])
