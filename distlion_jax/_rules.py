@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options of a vote: their names, types, defaults and checks, once for every signature.
 
-:class:`VoteOptions` is what a type checker sees of ``**options``; :class:`Rules` holds the defaults
-and checks them where they are chosen; :func:`takes_vote_options` shows them in a signature. A new
-option is a line in the first two, and the code that reads it.
+``OPTIONS`` says what each means. :class:`VoteOptions` is what a type checker sees of ``**options``.
+:class:`Rules` holds the defaults and checks them where they are chosen. For a new option add to
+these three, and write the code that reads it: :func:`takes_vote_options` shows it in the signatures
+and docstrings of all factories.
 
 Errors name the argument, the value, what is allowed and the way out.
 """
@@ -13,6 +14,7 @@ import difflib
 import functools
 import inspect
 import operator
+import textwrap
 from collections.abc import Callable
 from typing import Any, Literal, ParamSpec, TypedDict, TypeVar, get_args
 
@@ -75,8 +77,34 @@ def check_static(name: str, value: Any, allowed: str, top: int) -> None:
         raise ValueError(f"`{name}` must lie in [1, {top}]; got {number}.")
 
 
+OPTIONS = """\
+transport: how votes travel: ``"all_gather"``, ``"two_phase"``, or ``"psum"``, which is
+  uncompressed and for checking. ``"auto"`` takes the fewest bytes by
+  :func:`distlion_jax.wire_cost`. The result is the same, bit for bit.
+ties: what a tied coordinate does. ``"zero"``: it does not move (the paper's sign(0) = 0), and
+  the verdict travels as two bits. ``"coin"``: a fair coin of (round, coordinate) decides; the
+  verdict travels as one bit, or two with ternary ballots.
+ballot: ``"binary"`` sends 1 bit a parameter, and a presence bit a block of 128. A block of
+  exact zeros abstains, an isolated zero votes by a fair coin. ``"ternary"`` sends 2 bits, and
+  every zero abstains.
+threshold: for ternary ballots: blends with absolute value up to this abstain. None: 0.
+noise: amplitude of uniform noise that is added before the sign, in units of the leaf's
+  root-mean-square blend over all workers (try 2); None: no noise. Larger blends then win more
+  votes, which can help where workers hold different data. It costs an all-reduce of one
+  number a leaf.
+max_weight: largest ``weight`` of a worker; None: weights are not in use.
+health: what the state's :class:`distlion_jax.VoteHealth` holds of the last round.
+  ``"total"``: figures of the whole tree. ``"leaf"``: figures of each leaf, in
+  ``jax.tree.leaves`` order, which costs more. ``"off"``: nothing.
+chunks: how many collectives carry each phase; None: 1. With gloo (CPU) on links below
+  1 Gbit/s, 8 is quicker: a worker's ready-to-receive message queues behind the data it sends.
+allow_single_worker: whether an axis of size 1 is meant.
+"""
+DOCUMENTED = "      **options: as listed below.\n"  # where the text goes in a factory's docstring
+
+
 class VoteOptions(TypedDict, total=False):
-    """The options of a vote that every factory of one takes; see :class:`Rules`."""
+    """The options of a vote that every factory of one takes: the names and types of ``OPTIONS``."""
 
     transport: Transport
     ties: Ties
@@ -91,7 +119,7 @@ class VoteOptions(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """What a vote follows; :func:`distlion_jax.distributed_lion` says what each option means.
+    """What a vote follows; ``OPTIONS`` says what each means.
 
     ``threshold`` and ``noise`` may be traced. All else is a Python value and decides shapes, bytes
     or semantics. The numbers are ``None`` by default where ``optax.inject_hyperparams`` would
@@ -151,7 +179,7 @@ class Rules:
 
 
 def takes_vote_options(factory: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Shows the options of a vote in the signature of a factory that takes ``**options``.
+    """Shows the options of a vote in signature and docstring of a factory that takes ``**options``.
 
     ``help`` and ``optax.inject_hyperparams`` read them there. An unknown option is refused with the
     nearest known one.
@@ -176,5 +204,8 @@ def takes_vote_options(factory: Callable[_P, _R]) -> Callable[_P, _R]:
                 raise TypeError(f"{factory.__name__}() has no argument `{name}`.{hint}")
         return factory(*args, **kwargs)
 
+    written, wanted = factory.__doc__ or "", textwrap.indent(OPTIONS, " " * 6)
+    assert DOCUMENTED in written, factory.__name__
+    checked.__doc__ = written.replace(DOCUMENTED, wanted)
     setattr(checked, "__signature__", signature)  # noqa: B010 (functions have no such field)
     return checked

@@ -43,7 +43,7 @@ def wire_cost(
       params: tree of arrays or ``jax.ShapeDtypeStruct``; only shapes matter.
       n: number of workers.
       aggregation: as in ``distributed_lion``.
-      **options: as in ``distributed_lion``; those that send nothing are not read.
+      **options: as listed below.
 
     Returns:
       A :class:`WireCost`: transport, collectives, bytes and bits per parameter.

@@ -92,7 +92,11 @@ def scale_by_distributed_lion(
     """Rescales updates by a vote of the workers' Lion signs; see :func:`distributed_lion`.
 
     Returns the direction ``Delta`` with no sign flip, learning rate or weight decay, as Optax's
-    ``scale_by_lion`` does; all arguments are :func:`distributed_lion`'s.
+    ``scale_by_lion`` does.
+
+    Args:
+      b1, b2, mu_dtype, axis_name, aggregation: as in :func:`distributed_lion`.
+      **options: as listed below.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -196,27 +200,7 @@ def distributed_lion(
         is ``optax.lion``, exactly; the options below then have no effect.
       aggregation: ``"majority"`` receives 1 or 2 bits a parameter, see ``ties``. ``"average"``
         receives log2(n+1) bits, one more with ternary ballots.
-      transport: how votes travel: ``"all_gather"``, ``"two_phase"``, or ``"psum"``, which is
-        uncompressed and for checking. ``"auto"`` takes the fewest bytes by
-        :func:`distlion_jax.wire_cost`. The result is the same, bit for bit.
-      ties: what a tied coordinate does. ``"zero"``: it does not move (the paper's sign(0) = 0), and
-        the verdict travels as two bits. ``"coin"``: a fair coin of (round, coordinate) decides; the
-        verdict travels as one bit, or two with ternary ballots.
-      ballot: ``"binary"`` sends 1 bit a parameter, and a presence bit a block of 128. A block of
-        exact zeros abstains, an isolated zero votes by a fair coin. ``"ternary"`` sends 2 bits, and
-        every zero abstains.
-      threshold: for ternary ballots: blends with absolute value up to this abstain. None: 0.
-      noise: amplitude of uniform noise that is added before the sign, in units of the leaf's
-        root-mean-square blend over all workers (try 2); None: no noise. Larger blends then win more
-        votes, which can help where workers hold different data. It costs an all-reduce of one
-        number a leaf.
-      max_weight: largest ``weight`` of a worker; None: weights are not in use.
-      health: what the state's :class:`distlion_jax.VoteHealth` holds of the last round.
-        ``"total"``: figures of the whole tree. ``"leaf"``: figures of each leaf, in
-        ``jax.tree.leaves`` order, which costs more. ``"off"``: nothing.
-      chunks: how many collectives carry each phase; None: 1. With gloo (CPU) on links below
-        1 Gbit/s, 8 is quicker: a worker's ready-to-receive message queues behind the data it sends.
-      allow_single_worker: whether an axis of size 1 is meant.
+      **options: as listed below.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` must run where ``axis_name`` is

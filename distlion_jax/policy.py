@@ -71,7 +71,7 @@ def distributed_lion_by_label(
         (one-bit votes), ``"full"`` (Lion on the gradients' full-precision mean) or ``"frozen"``
         (never moves, sends nothing).
       axis_name: as in ``distributed_lion``.
-      **options: as in ``distributed_lion``, for the leaves that vote.
+      **options: as listed below.
 
     Returns:
       A transformation. A worker with a non-finite gradient in *any* leaf that is not frozen sits
@@ -146,7 +146,7 @@ def wire_cost_by_label(
       params: tree of arrays or ``jax.ShapeDtypeStruct``.
       labels: as in ``distributed_lion_by_label``.
       n: number of workers.
-      **options: ``distributed_lion``'s; those that send nothing are not read.
+      **options: as listed below.
 
     Examples:
       >>> import jax, jax.numpy as jnp
