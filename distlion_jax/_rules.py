@@ -64,8 +64,8 @@ def check_from_zero(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be a finite number of at least 0; got {value!r}.")
 
 
-def check_static(name: str, value: Any, allowed: str, top: int) -> None:
-    """Raises unless ``value`` is a Python integer in [1, top]; it decides shapes."""
+def check_static(name: str, value: Any, allowed: str, top: int, least: int = 1) -> None:
+    """Raises unless ``value`` is a Python integer in [least, top], known when tracing."""
     try:
         number = operator.index(value)
     except Exception:  # a tracer raises its own error here
@@ -73,8 +73,8 @@ def check_static(name: str, value: Any, allowed: str, top: int) -> None:
             f"`{name}` must be a static Python {allowed}; got {value!r}. With "
             f"optax.inject_hyperparams, name it in static_args=('{name}',)."
         ) from None
-    if not 1 <= number <= top:
-        raise ValueError(f"`{name}` must lie in [1, {top}]; got {number}.")
+    if not least <= number <= top:
+        raise ValueError(f"`{name}` must lie in [{least}, {top}]; got {number}.")
 
 
 OPTIONS = """\
@@ -98,6 +98,7 @@ health: what the state's :class:`distlion_jax.VoteHealth` holds of the last roun
   ``jax.tree.leaves`` order, which costs more. ``"off"``: nothing.
 chunks: how many collectives carry each phase; None: 1. With gloo (CPU) on links below
   1 Gbit/s, 8 is quicker: a worker's ready-to-receive message queues behind the data it sends.
+seed: of coins and noise; None: 0. Runs with other seeds toss independent coins.
 allow_single_worker: whether an axis of size 1 is meant.
 """
 DOCUMENTED = "      **options: as listed below.\n"  # where the text goes in a factory's docstring
@@ -114,6 +115,7 @@ class VoteOptions(TypedDict, total=False):
     max_weight: int | None
     health: HealthDetail
     chunks: int | None
+    seed: int | None
     allow_single_worker: bool
 
 
@@ -135,6 +137,7 @@ class Rules:
     max_weight: int | None = None
     health: HealthDetail = "total"
     chunks: int | None = None
+    seed: int | None = None
     allow_single_worker: bool = False
 
     def __post_init__(self) -> None:
@@ -154,6 +157,8 @@ class Rules:
             check_static("max_weight", self.max_weight, "int or None", MAX_WEIGHT)
         if self.chunks is not None:
             check_static("chunks", self.chunks, "int or None", MAX_CHUNKS)
+        if self.seed is not None:
+            check_static("seed", self.seed, "int or None", 2**32 - 1, least=0)
         if self.chunks is not None and self.chunks > 1 and self.transport == "psum":
             raise ValueError(
                 f"`chunks` {self.chunks} splits words, and transport='psum' sends none. Leave it "

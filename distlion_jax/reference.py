@@ -241,19 +241,20 @@ def vote(
     weight: Sequence[int] | None = None,
     max_weight: int = 1,
     noise: float = 0.0,
+    seed: int = 0,
 ) -> tuple[Round, State]:
     """Hold one round on ``gradients[worker][leaf]``; return it, and the state after it.
 
     A worker enters if it participates, its blends are all finite and its weight is in
     ``1..max_weight``; otherwise it casts no vote and its momentum stays as it was.  The threshold
     belongs to the ternary ballot; the binary one always asks whether the blend is nonzero.
-    ``noise`` is added to blends that have an opinion.
+    ``noise`` is added to blends that have an opinion.  ``seed`` is that of coins and noise.
     """
     rules = (aggregation in ("majority", "average"), ties in ("zero", "coin"))
     if not all(rules) or ballot not in ("ternary", "binary"):
         raise ValueError(f"unknown rule among {aggregation!r}, {ties!r}, {ballot!r}")
     n = len(gradients)
-    step = state.count
+    step = state.count ^ mix(seed)  # mix(0) is 0
     leaves = gradients[0]
     address = addresses(leaves)
     participating = [True] * n if participating is None else participating
@@ -285,7 +286,7 @@ def vote(
         for j, leaf in enumerate(leaves)
     ]
     everyone = sum(w for w, entered in zip(weights, voted, strict=True) if entered)
-    return _report(judged, voted, everyone), State(step + 1, mu)
+    return _report(judged, voted, everyone), State(state.count + 1, mu)
 
 
 def apply(

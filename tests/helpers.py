@@ -94,26 +94,26 @@ def _runner(how, n, options):
     return tx, map_workers(step, how, n)
 
 
-def run(tree, n, rounds, how="vmap", dtype=np.float32, extra=None, seed=0, grads=None, **options):
+def run(tree, n, rounds, how="vmap", dtype=np.float32, extra=None, first=0, grads=None, **options):
     """Runs some rounds; returns per round (direction, state), as NumPy with a worker axis."""
     tx, step = _runner(how, n, tuple(sorted(options.items())))
     state = stack_state(tx, shapes_to_params(tree, dtype), n)
     history = []
     for r in range(rounds):
-        g = grads[r] if grads else gradients(tree, n, seed + r, dtype)
+        g = grads[r] if grads else gradients(tree, n, first + r, dtype)
         given = {} if extra is None else {k: jnp.asarray(v) for k, v in extra[r].items()}
         direction, state = step(g, state, given)
         history.append(jax.tree.map(np.asarray, (direction, state)))
     return history
 
 
-def run_reference(tree, n, rounds, dtype=np.float32, extra=None, seed=0, grads=None, **options):
+def run_reference(tree, n, rounds, dtype=np.float32, extra=None, first=0, grads=None, **options):
     """The same by the plain NumPy reference; rounds and states of the reference."""
     names = sorted(tree)  # jax sorts the keys of a dict
     state = reference.init([np.zeros(tree[k], dtype) for k in names], n)
     history = []
     for r in range(rounds):
-        g = grads[r] if grads else gradients(tree, n, seed + r, dtype)
+        g = grads[r] if grads else gradients(tree, n, first + r, dtype)
         workers = [[np.asarray(g[k][i]) for k in names] for i in range(n)]
         given = {} if extra is None else {k: list(v) for k, v in extra[r].items()}
         verdict, state = reference.vote(state, workers, b1=B1, b2=B2, **options, **given)

@@ -267,6 +267,7 @@ CASES = {
     "`chunks` must lie in [1, 64]; got 0.": option(chunks=0),
     "`chunks` must lie in [1, 64]; got 65.": option(chunks=65),
     "`chunks` must be a static Python int or None; got 2.5.": option(chunks=2.5),
+    "`seed` must lie in [0, 4294967295]; got -1.": option(seed=-1),
     "`chunks` 4 splits words, and transport='psum' sends none. ... 'all_gather'": option(
         chunks=4, transport="psum"
     ),

@@ -278,6 +278,28 @@ def test_noise_equals_reference(how, transport):
     assert any((a != b).any() for a, b in zip(want[0][0].direction, quiet[0][0].direction))  # noqa: B905
 
 
+SEEDED = dict(ties="coin", noise=2.0, seed=2**31 + 7)
+
+
+@pytest.mark.parametrize("transport", ["all_gather", "two_phase", "psum"])
+def test_a_seed_of_coins_and_noise_equals_reference(transport):
+    got = run(TREES["small"], 4, 2, transport=transport, **SEEDED)
+    assert_equal_to_reference(TREES["small"], got, run_reference(TREES["small"], 4, 2, **SEEDED))
+
+
+def test_other_seeds_toss_other_coins_and_zero_is_none():
+    """All tied: a coordinate's verdict is its coin."""
+    g = [{"w": np.stack([np.ones((32, 256)), -np.ones((32, 256))]).astype(np.float32)}]
+    verdicts = [
+        run(TREES["exact"], 2, 1, grads=g, ties="coin", **seed)[0][0]["w"][0]
+        for seed in ({}, {"seed": 0}, {"seed": 1}, {"seed": 2})
+    ]
+    np.testing.assert_array_equal(verdicts[0], verdicts[1])
+    for one, other in ((0, 2), (2, 3)):
+        assert abs(np.mean(verdicts[one] == verdicts[other]) - 0.5) < 0.03
+    assert all((np.abs(v) == 1).all() for v in verdicts)
+
+
 def test_with_noise_votes_count_magnitudes():
     """Two of three workers say + a little, one says - a lot: the mean vote is the mean's sign."""
     g = {"w": np.full((3, 4096), 0.25, np.float32)}

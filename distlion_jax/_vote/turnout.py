@@ -19,7 +19,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from distlion_jax._rules import AxisName, Rules, concrete_value
-from distlion_jax._vote import wire
+from distlion_jax._vote import coins, wire
 from distlion_jax._vote.words import Layout
 from distlion_jax.exchanges import Roles
 
@@ -30,7 +30,7 @@ FIGURES = 2  # that a mean sends beside its numbers: sum of the weights, workers
 class Round:
     """One round, as one worker sees it."""
 
-    number: Array  # int32[]; the same on all workers: rounds before this one, seeds the coins
+    number: Array  # int32[]; the same on all workers: rounds so far, mixed with the seed
     worker: Array  # int32[]: this worker's index
     weight: Array  # int32[]: this worker's say; 0: it sits the round out
     axis: AxisName
@@ -75,6 +75,9 @@ def begin(
     """
     rules = Rules() if rules is None else rules
     n = wire.size(axis)
+    if rules.seed:  # without one, or with 0, coins and noise are of the round alone
+        seed = jax.lax.bitcast_convert_type(coins.mix(jnp.uint32(rules.seed)), jnp.int32)
+        number = number ^ seed
     return Round(
         number,
         wire.worker(axis),
