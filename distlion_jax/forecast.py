@@ -10,7 +10,7 @@ all-reduces and all-gathers are hierarchical: each byte enters a node once, howe
 has. That is the best case for what the vote replaces. The all-to-all of a ``two_phase`` vote pays
 for each worker. An all-reduce can begin while the backward pass still runs. A vote cannot: it waits
 until the whole gradient is known to be finite.
-``benchmarks/forecast_check.py`` holds the model against measurements.
+``benchmarks.network.forecast_check`` holds the model against measurements.
 """
 
 import math

@@ -3,7 +3,9 @@
 
 import functools
 import importlib
+import os
 import socket
+import sys
 from pathlib import Path
 
 import jax
@@ -140,7 +142,13 @@ def assert_equal_to_reference(tree, got, want):
         np.testing.assert_allclose(state.health.margin, verdict.margin, rtol=1e-6)
 
 
-def benchmark(monkeypatch, name):
-    """A module of benchmarks/, which is no package."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module(name)
+def benchmark(name):
+    """A module of the package of benchmarks: ``benchmark("report.tables")``."""
+    return importlib.import_module(f"benchmarks.{name}")
+
+
+def benchmark_command(name, *flags):
+    """The command of one, and the arguments of ``subprocess.run`` that it needs from anywhere."""
+    path = os.pathsep.join(filter(None, [str(BENCHMARKS.parent), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, flags)]
+    return command, {"env": os.environ | {"PYTHONPATH": path}, "text": True}

@@ -2,21 +2,19 @@
 """The adviser: what it says of a slow and of a fast cluster, and of words it cannot read."""
 
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ADVISE = Path(__file__).resolve().parent.parent / "examples" / "advise.py"
+from tests.helpers import benchmark_command
+
 SLOW = ["--parameters", "350m", "--workers", "32", "--bandwidth", "1gbit", "--step-time", "0.4s"]
 FAST = ["--parameters", "7b", "--workers", "64", "--per-node", "8", "--bandwidth", "400 Gbit/s",
         "--latency", "10us", "--tokens", "8192"]  # fmt: skip
 
 
 def advise(*flags, code=0):
-    done = subprocess.run(
-        [sys.executable, str(ADVISE), *map(str, flags)], capture_output=True, text=True
-    )
+    command, options = benchmark_command("network.advise", *flags)
+    done = subprocess.run(command, capture_output=True, **options)
     assert done.returncode == code, done.stderr
     return done.stderr if code else done.stdout
 

@@ -6,22 +6,23 @@ import math
 
 import pytest
 
+from benchmarks import rows as grouping
 from tests.helpers import BENCHMARKS, benchmark
 
 
 @pytest.fixture
-def tables(monkeypatch):
-    return benchmark(monkeypatch, "compare_tables")
+def tables():
+    return benchmark("report.tables")
 
 
 @pytest.fixture
-def evidence(monkeypatch):
-    return benchmark(monkeypatch, "evidence")
+def evidence():
+    return benchmark("report.evidence")
 
 
 @pytest.fixture
-def claims(monkeypatch):
-    return benchmark(monkeypatch, "claims")
+def claims():
+    return benchmark("report.claims")
 
 
 def row(method, n, seed, value, task="text", **other):
@@ -54,7 +55,7 @@ CASES = {
 @pytest.mark.parametrize("word", CASES)
 def test_words_are_by_the_interval_and_the_margin(tables, evidence, word):
     losses = {"Lion": {4: [2.0] * 3, 8: [2.0] * 3}, "AdamW": {4: CASES[word], 8: CASES[word]}}
-    found = tables.runs(rows_of(losses), "text", "iid")
+    found = grouping.runs(rows_of(losses), "text", "iid")
     got = evidence.standing(found, "text", "AdamW", "Lion")
     assert got.word == word
     assert got.far == (word == "ahead")
@@ -71,11 +72,11 @@ def test_intervals_are_over_seeds_not_over_all_pairs(tables, evidence):
     few = {"Lion": {4: [2.0] * 3}, "AdamW": {4: [1.9, 2.0, 1.95]}}
     many = {name: dict.fromkeys((4, 8, 16), by_n[4]) for name, by_n in few.items()}
     got = [
-        evidence.standing(tables.runs(rows_of(x), "text", "iid"), "text", "AdamW", "Lion")
+        evidence.standing(grouping.runs(rows_of(x), "text", "iid"), "text", "AdamW", "Lion")
         for x in (few, many)
     ]
     assert got[0].error == pytest.approx(got[1].error)
-    assert got[0].error == pytest.approx(4.30 * 0.05 / math.sqrt(3))
+    assert got[0].error == pytest.approx(4.3026527 * 0.05 / math.sqrt(3))
     assert got[0].word == "undecided"
 
 
@@ -85,23 +86,23 @@ def test_seeds_that_some_have_count_where_they_ran_only(tables, evidence):
         "Lion": {4: [2.0] * 3, 8: [2.0] * 6, 16: [2.0] * 2},
         "AdamW": {4: [2.1, 2.2, 2.3], 8: [1.9, 1.9, 1.9, 1.7, 1.7, 1.7], 16: [9.0, 9.0]},
     }
-    got = evidence.standing(tables.runs(rows_of(losses), "text", "iid"), "text", "AdamW", "Lion")
+    got = evidence.standing(grouping.runs(rows_of(losses), "text", "iid"), "text", "AdamW", "Lion")
     assert got.gain == pytest.approx((-0.2 + 0.1) / 2)
-    assert got.error == pytest.approx(4.30 * 0.05 / math.sqrt(3))
+    assert got.error == pytest.approx(4.3026527 * 0.05 / math.sqrt(3))
     assert {n: round(gain, 6) for n, (gain, _) in got.by_workers.items()} == {4: -0.2, 8: 0.2}
-    assert got.by_workers[8][1] == pytest.approx(2.57 * 0.10954 / math.sqrt(6), rel=1e-3)
+    assert got.by_workers[8][1] == pytest.approx(2.5705818 * 0.10954 / math.sqrt(6), rel=1e-3)
 
 
 def test_more_accuracy_is_ahead_and_less_loss_is(tables, evidence):
     better = {"Lion": {4: [0.70, 0.71, 0.72]}, "AdamW": {4: [0.80, 0.81, 0.82]}}
-    found = tables.runs(rows_of(better, task="images"), "images", "iid")
+    found = grouping.runs(rows_of(better, task="images"), "images", "iid")
     got = evidence.standing(found, "images", "AdamW", "Lion")
     assert (got.word, round(got.gain, 6), got.far) == ("ahead", 10.0, True)
 
 
 def test_who_diverges_is_behind(tables, evidence):
     losses = {"Lion": {4: [2.0, 2.0, 2.0]}, "DGC": {4: [1.5, 1.5, float("nan")]}}
-    found = tables.runs(rows_of(losses), "text", "iid")
+    found = grouping.runs(rows_of(losses), "text", "iid")
     lost = evidence.standing(found, "text", "DGC", "Lion")
     assert str(lost) == "text: behind (diverged: 1, 0)"
     assert not lost.far
@@ -110,7 +111,7 @@ def test_who_diverges_is_behind(tables, evidence):
 
 
 def test_two_seeds_are_no_evidence(tables, evidence):
-    found = tables.runs(rows_of({"Lion": {4: [2.0] * 2}, "AdamW": {4: [1.0] * 2}}), "text", "iid")
+    found = grouping.runs(rows_of({"Lion": {4: [2.0] * 2}, "AdamW": {4: [1.0] * 2}}), "text", "iid")
     with pytest.raises(evidence.Missing, match="AdamW beside Lion, text: 3 seeds of both"):
         evidence.standing(found, "text", "AdamW", "Lion")
 
@@ -123,8 +124,8 @@ def test_runs_that_are_no_comparison_are_refused(tables):
         ({"learning_rate": 3e-3}, "are of several rates of Lion"),
         ({"method": "b1 0.9"}, "'b1 0.9' is no method of compare.py"),
     ):
-        with pytest.raises(tables.UsageError, match=message):
-            tables.runs([*one, row("Lion", 4, 1, 2.0) | other], "text", "iid")
+        with pytest.raises(grouping.UsageError, match=message):
+            grouping.runs([*one, row("Lion", 4, 1, 2.0) | other], "text", "iid")
 
 
 def test_rates_at_an_edge_of_the_search_are_marked(tables):
@@ -133,9 +134,9 @@ def test_rates_at_an_edge_of_the_search_are_marked(tables):
         for rate, decay in ((3e-4, 0.1), (1e-3, 0.1), (3e-3, 0.1), (1e-3, 0.025))
     ]
     rows = [*trials, row("Lion", 8, 42, 2.0)]
-    edge = tables.edges(rows, "text", "iid")
+    edge = grouping.edges(rows, "text", "iid")
     assert edge == {"Lion": {"weight_decay"}}
-    table = tables.qualities(tables.runs(rows, "text", "iid"), "text", edge)
+    table = tables.qualities(grouping.runs(rows, "text", "iid"), "text", edge)
     assert table.splitlines()[-1] == "| Lion | 2.000 | 3.00 | 0.001 | 0.1 (edge) |"
 
 
@@ -145,7 +146,7 @@ def test_equal_loss_is_of_the_seeds_of_both(tables):
     rows = [row("D-Lion majority", 4, seed, 2.0, curve=slow) for seed in (1, 2)]
     rows += [row("Lion", 4, 1, 1.0, curve=quick), row("Lion", 4, 3, 1.0, curve=[math.nan] * 6)]
     rows += [row("AdamW", 4, 9, 1.0), row("DGC", 4, 2, 9.0, curve=[9.0] * 6)]
-    table = tables.equal_loss(tables.runs(rows, "text", "iid"))
+    table = tables.equal_loss(grouping.runs(rows, "text", "iid"))
     assert "| Lion | 0.33 |" in table
     assert "| D-Lion majority | 1.00 |" in table
     assert "| AdamW | no seed of both |" in table
@@ -156,7 +157,7 @@ def test_loss_that_comes_back_up_was_not_reached(tables):
     fall = [3.0, 3.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]
     early = [3.0, 1.0, 1.0, 1.0, 3.0, 3.0, 1.0, 1.0]
     rows = [row("D-Lion majority", 4, 1, 2.0, curve=fall), row("Lion", 4, 1, 1.0, curve=early)]
-    assert "| Lion | 0.88 |" in tables.equal_loss(tables.runs(rows, "text", "iid"))
+    assert "| Lion | 0.88 |" in tables.equal_loss(grouping.runs(rows, "text", "iid"))
 
 
 def test_ahead_of_all_is_of_all(claims, evidence, tmp_path):
@@ -226,8 +227,8 @@ def test_rows_never_seen_are_told_in_sums_of_the_learning_rates(claims, evidence
     assert text.endswith(": Lion, width 64: 0.00, ties and zeros -1, width 64: 1.00")
 
 
-def test_best_rates_are_read_from_sensitivitys_results(monkeypatch, claims, evidence, tmp_path):
-    sensitivity = benchmark(monkeypatch, "sensitivity")
+def test_best_rates_are_read_from_sensitivitys_results(claims, evidence, tmp_path):
+    sensitivity = benchmark("report.sensitivity")
     rows = []
 
     def row_of(job, task):  # least at 2e-3
@@ -238,7 +239,7 @@ def test_best_rates_are_read_from_sensitivitys_results(monkeypatch, claims, evid
         return rows[-1]
 
     for task in ("images", "text"):
-        sensitivity.measure(task, lambda job, task=task: row_of(job, task), sensitivity.parse([]))
+        sensitivity.measure(task, lambda job, task=task: row_of(job, task), sensitivity.Plan())
     lines = "\n".join(map(json.dumps, rows)) + "\n"
     (tmp_path / "sensitivity.jsonl").write_text(lines)
     _, text = claims.hyperparameters(evidence.Evidence(tmp_path))

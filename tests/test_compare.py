@@ -3,7 +3,6 @@
 
 import json
 import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,24 +11,24 @@ import optax
 import pytest
 
 import distlion_jax as dl
-from tests.helpers import BENCHMARKS, benchmark
+from tests.helpers import BENCHMARKS, benchmark, benchmark_command
 
 SIZE = {"steps": 3, "batch": 2, "layers": 1, "width": 32, "eval_rows": 32}
 
 
 @pytest.fixture
-def train(monkeypatch):
-    return benchmark(monkeypatch, "compare_train")
+def train():
+    return benchmark("quality.training")
 
 
 @pytest.fixture
-def compare(monkeypatch):
-    return benchmark(monkeypatch, "compare")
+def compare():
+    return benchmark("quality.compare")
 
 
 @pytest.fixture
-def methods(monkeypatch):
-    return benchmark(monkeypatch, "compare_methods").METHODS
+def methods():
+    return benchmark("quality.methods").METHODS
 
 
 @pytest.fixture
@@ -97,8 +96,8 @@ def test_search_spends_its_budget_near_the_best(compare):
     assert best.weight_decay == pytest.approx(0.1)
 
 
-def test_half_a_line_goes_when_the_next_is_written_and_not_before(monkeypatch, tmp_path):
-    runs = benchmark(monkeypatch, "compare_runs")
+def test_half_a_line_goes_when_the_next_is_written_and_not_before(tmp_path):
+    runs = benchmark("rows")
     whole = {"format": runs.FORMAT, "task": "text", "kind": "run", "split": "iid", "method": "Lion",
              "workers": 2, "seed": 1, "learning_rate": 0.1, "weight_decay": 0.0}  # fmt: skip
     file = tmp_path / "results.jsonl"
@@ -123,8 +122,8 @@ ARGUMENTS = [
 
 
 def start(folder, *flags):
-    command = [sys.executable, str(BENCHMARKS / "compare.py"), "--out", str(folder), *flags]
-    return subprocess.run(command, capture_output=True, text=True)
+    command, options = benchmark_command("quality.compare", "--out", folder, *flags)
+    return subprocess.run(command, capture_output=True, **options)
 
 
 @pytest.mark.slow
@@ -163,8 +162,8 @@ def test_a_second_run_measures_nothing_and_says_the_same(tmp_path):
     assert {r["method"]: (r["learning_rate"], r["weight_decay"]) for r in rows} == chosen
 
 
-def test_tables_say_who_has_more_seeds(monkeypatch):
-    tables = benchmark(monkeypatch, "compare_tables")
+def test_tables_say_who_has_more_seeds():
+    tables = benchmark("report.tables")
     row = {"task": "images", "accuracy": 0.5, "bits": 1.0}
     found = {("A", 4): {1: row, 2: row}, ("A", 8): {1: row, 2: row, 3: row}, ("B", 8): {1: row}}
     said = "1; at n = 4 also 2 for A; at n = 8 also 2, 3 for A"
@@ -231,8 +230,8 @@ def test_a_split_that_cannot_be_is_said_at_once(tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_run_that_diverges_is_said_to(train, methods, task, monkeypatch):
-    tables = benchmark(monkeypatch, "compare_tables")
+def test_a_run_that_diverges_is_said_to(train, methods, task):
+    tables = benchmark("report.tables")
     long = task._replace(steps=60)
     result = train.Trainer(long, methods["SGD momentum"], 2).run(0, 1e9, 1e9)
     assert np.isnan(result.loss)

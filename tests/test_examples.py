@@ -20,11 +20,6 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TINY = ["--quick", "--steps", "4", "--eval-every", "2"]
 
 
-@pytest.fixture(autouse=True)
-def _examples_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
-
-
 def command(*flags):
     return [sys.executable, str(EXAMPLES / "train.py"), *map(str, flags)]
 
@@ -59,8 +54,8 @@ def results(folder):
 
 
 def shapes(task, classes):
-    import models
-    from sources import CONTEXT
+    from benchmarks.tasks import models
+    from benchmarks.tasks.data import CONTEXT
 
     model = {"text": models.Transformer, "images": models.ConvNet}[task](classes)
     row = np.zeros((1, CONTEXT), np.int32) if task == "text" else np.zeros((1, 28, 28, 1), np.uint8)
@@ -226,7 +221,7 @@ def test_too_few_devices_get_one_line_and_code_2(tmp_path):
 
 
 def test_help_gives_a_default_for_every_option():
-    from config import make_parser
+    from benchmarks.demo.config import make_parser
 
     for action in make_parser()._actions:
         assert action.help, action
@@ -240,7 +235,7 @@ def write_idx(path, array):
 
 
 def test_idx_folder_is_read_and_labels_stay_with_their_images(tmp_path):
-    from sources import load_images
+    from benchmarks.tasks.data import load_images
 
     images = np.arange(50, dtype=np.uint8)[:, None, None] * np.ones((1, 28, 28), np.uint8)
     labels = (np.arange(50) % 10).astype(np.uint8)
@@ -257,7 +252,7 @@ def test_idx_folder_is_read_and_labels_stay_with_their_images(tmp_path):
 
 
 def test_held_out_text_is_never_drawn(tmp_path):
-    from sources import CONTEXT, load_text
+    from benchmarks.tasks.data import CONTEXT, load_text
 
     works = ["ab" * 900 + "XY" * 100, "cd" * 1800 + "XY" * 200]  # the last tenths: other letters
     (tmp_path / "works.txt").write_text("\f".join(works))

@@ -94,7 +94,7 @@ def test_ahead_everywhere_or_nowhere():
 def test_it_agrees_with_what_was_measured():
     """On the links that the model has not seen; the README cites the last line."""
     results = ROOT / "benchmarks" / "results" / "network.jsonl"
-    command = [sys.executable, "benchmarks/forecast_check.py", str(results)]
+    command = [sys.executable, "-m", "benchmarks.network.forecast_check", str(results)]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     summary = said.strip().splitlines()[-1]
     assert summary in (ROOT / "README.md").read_text()

@@ -6,12 +6,11 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 
-from tests.helpers import BENCHMARKS, benchmark
+from tests.helpers import benchmark, benchmark_command
 
 needs_root = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("tc") is None,
@@ -20,14 +19,9 @@ needs_root = pytest.mark.skipif(
 
 
 def start(folder, *flags):
-    command = [sys.executable, str(BENCHMARKS / "network.py"), "--out", str(folder)]
-    return subprocess.Popen(
-        [*command, *map(str, flags)],
-        env=os.environ | {"XLA_FLAGS": ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command, options = benchmark_command("network.run", "--out", folder, *flags)
+    options["env"]["XLA_FLAGS"] = ""
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
 def rows(folder):
@@ -114,7 +108,7 @@ def test_peers_of_pytorch(tmp_path):
 
 def refused(monkeypatch, capsys, *flags, torch=True):
     """What network.py says of a command line that it does not take."""
-    network = benchmark(monkeypatch, "network")
+    network = benchmark("network.run")
     monkeypatch.setattr(network, "has_torch", lambda: torch)
     with pytest.raises(SystemExit, match="2"):
         network.parse(list(flags))
@@ -132,8 +126,8 @@ def test_peers_need_pytorch_and_their_workload(monkeypatch, capsys):
     assert "--peers measures the workload `linear` only: add it to --workloads" in said
 
 
-def test_crossovers_are_found_between_two_rates(monkeypatch):
-    report = benchmark(monkeypatch, "network_report")
+def test_crossovers_are_found_between_two_rates():
+    report = benchmark("report.network")
 
     def rows(**seconds):
         return {rate: {"seconds": [s]} for rate, s in seconds.items()}

@@ -8,8 +8,8 @@ from tests.helpers import benchmark
 
 
 @pytest.fixture
-def partition(monkeypatch):
-    return benchmark(monkeypatch, "partition")
+def partition():
+    return benchmark("tasks.partition")
 
 
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 400))

@@ -24,13 +24,13 @@ def test_python_blocks_run():
 
 
 def test_wire_table_is_the_ledgers():
-    command = [sys.executable, "benchmarks/wire_table.py"]
+    command = [sys.executable, "-m", "benchmarks.compute.wire_table"]
     table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert table.strip() in README
 
 
 def test_network_tables_are_of_the_results_in_the_repository():
-    command = ["benchmarks/network_summary.py", "benchmarks/results/network.jsonl"]
+    command = ["-m", "benchmarks.report.network_summary", "benchmarks/results/network.jsonl"]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     parts = done.stdout.strip().split("\n\n")
     assert len(parts) == 6, done.stderr
@@ -44,21 +44,21 @@ def test_commands_are_complete():
         assert command.startswith("python3 -m venv .venv && .venv/bin/pip install")
 
 
-def test_pages_of_results_are_of_the_results_in_the_repository(monkeypatch):
-    report = benchmark(monkeypatch, "compare_report")
+def test_pages_of_results_are_of_the_results_in_the_repository():
+    report = benchmark("report.compare")
     pages = {page.parent.name: page for page in (ROOT / "docs").glob("*/results.md")}
     sensitivity = pages.pop("sensitivity")
     assert pages
     for name, page in pages.items():
         rows = report.read(ROOT / f"benchmarks/results/{name}.jsonl")
         assert page.read_text() == report.tables(rows) + "\n"
-    script = benchmark(monkeypatch, "sensitivity")
-    results = script.Results(ROOT / "benchmarks/results/sensitivity.jsonl")
-    assert sensitivity.read_text() == script.tables(results, script.parse([])) + "\n"
+    report = benchmark("report.sensitivity")
+    results = report.Results(ROOT / "benchmarks/results/sensitivity.jsonl")
+    assert sensitivity.read_text() == report.tables(results, report.Plan()) + "\n"
 
 
-def test_tables_of_training_are_of_the_results_in_the_repository(monkeypatch, tmp_path):
-    readme = benchmark(monkeypatch, "readme")
+def test_tables_of_training_are_of_the_results_in_the_repository(tmp_path):
+    readme = benchmark("report.readme")
     ev = readme.Evidence(ROOT / "benchmarks/results")
     assert readme.fill(README, ev) == README
     stale = "<!-- results: NAME -->\nold\n<!-- end of results -->"

@@ -13,13 +13,13 @@ from tests.helpers import benchmark
 
 
 @pytest.fixture
-def report(monkeypatch):
-    return benchmark(monkeypatch, "sensitivity_report")
+def report():
+    return benchmark("report.sensitivity")
 
 
 @pytest.fixture
-def rare(monkeypatch):
-    return benchmark(monkeypatch, "rare_rows")
+def rare():
+    return benchmark("quality.rare_rows")
 
 
 def test_vertex_finds_the_best_learning_rate(report):
@@ -70,8 +70,8 @@ def test_heat_table_reads_the_cells(report):
     )
 
 
-def test_constant_votes_move_where_nobody_voted(monkeypatch):
-    make = benchmark(monkeypatch, "constant_votes").constant_vote
+def test_constant_votes_move_where_nobody_voted():
+    make = benchmark("quality.constant_votes").constant_vote
     gradients = jnp.array([[1.0, 0.0, 1.0, 0.0], [-1.0, 0.0, 1.0, 2.0]])  # tie, zeros, +1, one
 
     def moved(zero, tie):
@@ -100,7 +100,16 @@ def test_words_are_ranked_and_rows_grouped(rare, tmp_path):
     assert rare.groups_of(np.array([0, 1, 2, 3, 9, 10, 999, 1000])).tolist() == [
         0, 1, 1, 2, 2, 3, 5, 6,
     ]  # fmt: skip
-    assert rare.group_names() == ["never", "1-2", "3-9", "10-29", "30-99", "100-999", "1000+"]
+    names = benchmark("report.rare_rows").group_names()
+    assert names == [
+        "never",
+        "1-2",
+        "3-9",
+        "10-29",
+        "30-99",
+        "100-999",
+        "1000+",
+    ]
 
 
 @pytest.mark.slow
@@ -120,10 +129,11 @@ def test_a_row_never_seen_stays_but_for_constants(rare, tmp_path):
 
 @pytest.mark.slow
 def test_sensitivity_runs_and_goes_on(monkeypatch, tmp_path):
-    script = benchmark(monkeypatch, "sensitivity")
-    monkeypatch.setattr(script, "RATES", {"text": (1e-3, 1e-2)})
-    monkeypatch.setattr(script, "DECAYS", (0.1,))
-    monkeypatch.setattr(script, "BETAS", ((0.9, 0.99),))
+    script, report = benchmark("quality.sensitivity"), benchmark("report.sensitivity")
+    monkeypatch.setattr(report, "RATES", {"text": (1e-3, 1e-2)})
+    monkeypatch.setattr(report, "DECAYS", (0.1,))
+    for module in (script, report):
+        monkeypatch.setattr(module, "BETAS", ((0.9, 0.99),))
     args = ["--task", "text", "--size", "quick", "--steps", "2", "--workers", "2", "3",
             "--heat-workers", "2", "--seeds", "1", "--out", str(tmp_path)]  # fmt: skip
     first = script.run(script.parse(args))
@@ -131,7 +141,8 @@ def test_sensitivity_runs_and_goes_on(monkeypatch, tmp_path):
     kinds = [json.loads(line)["kind"] for line in lines]
     assert kinds.count("trial") == 5 * 2
     results = script.Results(tmp_path / "results.jsonl")
-    _, chosen, rows = script.measure("text", script.recall(results, "text"), script.parse(args))
+    plan = report.Plan(["text"], 2, [2, 3], [1])
+    _, chosen, rows = report.measure("text", report.recall(results, "text"), plan)
     assert len(rows) == 3 * 2 * 5
     assert set(map(len, chosen.values())) == {1}  # a seed
     used = {row["seconds"] for row in (*rows, *(some[0] for some in chosen.values()))}
@@ -144,8 +155,8 @@ def test_sensitivity_runs_and_goes_on(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_theory_runs(monkeypatch, tmp_path):
-    script = benchmark(monkeypatch, "theory")
+def test_theory_runs(tmp_path):
+    script = benchmark("quality.theory")
     args = ["--workers", "2", "16", "--seeds", "1", "--size", "128", "--steps", "400",
             "--learning-rate", "5e-3", "--out", str(tmp_path)]  # fmt: skip
     assert "| D-Lion majority |" in script.run(script.parse(args))
@@ -168,7 +179,7 @@ def test_theory_runs(monkeypatch, tmp_path):
         ("theory", ["--steps", "0"], "--size and --steps must be at least 1"),
     ],
 )
-def test_bad_flags_get_one_clear_line(monkeypatch, capsys, name, flags, message):
+def test_bad_flags_get_one_clear_line(capsys, name, flags, message):
     with pytest.raises(SystemExit):
-        benchmark(monkeypatch, name).parse(flags)
+        benchmark(f"quality.{name}").parse(flags)
     assert message in capsys.readouterr().err.splitlines()[-1]

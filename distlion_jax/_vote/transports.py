@@ -91,6 +91,11 @@ class AllGather(Transport):
         return _phase("all-gather", layout.groups * columns + frames.HEADER, n, rules)
 
 
+def slice_groups(layout: Layout, n: int) -> int:
+    """Groups of the slice that each of n workers tallies under two_phase; the last are padding."""
+    return -(-layout.groups // n)
+
+
 class TwoPhase(Transport):
     """Every worker tallies one n-th of the coordinates, and spreads its verdict.
 
@@ -98,14 +103,10 @@ class TwoPhase(Transport):
     reduce-scatter and an all-gather, of words.
     """
 
-    def _slice_groups(self, layout: Layout, n: int) -> int:
-        """Groups of the slice that each of n workers tallies (the last ones are padding)."""
-        return -(-layout.groups // n)
-
     def run(self, ballot: Ballot, context: Round) -> Verdict:
         """Scatters slices of the ballots, tallies the own slice, gathers the verdicts."""
         layout, rules, axis, n = context.layout, context.rules, context.axis, context.workers
-        groups = self._slice_groups(layout, n)
+        groups = slice_groups(layout, n)
         pad = ((0, groups * n - layout.groups), (0, 0))
         header = jnp.broadcast_to(_header(ballot, context), (n, frames.HEADER))
         padded = [jnp.pad(ballot.votes, pad), jnp.pad(ballot.present, pad), header]
@@ -129,7 +130,7 @@ class TwoPhase(Transport):
 
     def collectives(self, layout: Layout, n: int, rules: Rules) -> tuple[Collective, ...]:
         """The ballots of a slice to each worker; the verdict of the own slice to all."""
-        groups = self._slice_groups(layout, n)
+        groups = slice_groups(layout, n)
         columns = BLOCK + frames.present_columns(rules)
         up = groups * columns + frames.HEADER
         down = groups * sum(frames.verdict_columns(rules, n)) + frames.VERDICT_HEADER

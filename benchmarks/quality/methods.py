@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What compare.py compares: each method's transformation, bytes, and where its search begins.
+
+A transformation is made of a learning rate and a weight decay, which may be traced: one compiled
+program serves the whole search.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+
+import distlion_jax as dl
+from benchmarks.quality.constant_votes import constant_vote
+from distlion_jax.baselines import (
+    QSGD,
+    Compressor,
+    EFSign,
+    PowerSGD,
+    TernGrad,
+    TopK,
+    compressed_average,
+    deep_gradient_compression,
+    distributed_signum,
+    full_precision,
+    sign_sgd,
+)
+
+Tx = optax.GradientTransformationExtraArgs
+DENSITY = 0.04  # of GradDrop and DGC, as in the paper's comparison
+WARMUP = 0.05  # of the steps: up to the peak; then down along a cosine
+
+
+class Method(NamedTuple):
+    """One method of the comparison."""
+
+    make: Callable[[Any, Any, int], Tx]  # of learning rate (a schedule), weight decay, steps
+    cost: Callable[[Any, int], dl.WireCost]  # of parameters and workers
+    learning_rate: float  # where its search begins
+    weight_decay: float
+
+
+def warmup_cosine(peak: Any, steps: int) -> Callable[[Any], Any]:
+    """A schedule; the peak may be traced."""
+    warmup = max(1, round(WARMUP * steps))
+
+    def rate(count: Any) -> Any:
+        cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * count / steps))
+        return peak * jnp.minimum((count + 1) / warmup, cosine)
+
+    return rate
+
+
+def _decoupled(direction: optax.GradientTransformation, rate: Any, decay: Any) -> Any:
+    return optax.chain(
+        direction, optax.add_decayed_weights(decay), optax.scale_by_learning_rate(rate)
+    )
+
+
+class Optimizer(NamedTuple):
+    """What follows an average of gradients."""
+
+    direction: Callable[[], optax.GradientTransformation]
+    learning_rate: float  # where searches begin
+    weight_decay: float
+
+
+ADAMW = Optimizer(optax.scale_by_adam, 3e-3, 0.03)
+SGDM = Optimizer(lambda: optax.trace(0.9), 3e-2, 1e-3)
+SGD = Optimizer(optax.identity, 0.3, 1e-3)
+
+
+def _after(average: Callable[[int], Any], optimizer: Optimizer, cost: Any) -> Method:
+    """An ordinary optimizer on an average over the workers."""
+
+    def make(rate: Any, decay: Any, steps: int) -> Any:
+        after = _decoupled(optimizer.direction(), rate, decay)
+        return optax.chain(average(steps), dl.replicated(after))
+
+    return Method(make, cost, optimizer.learning_rate, optimizer.weight_decay)
+
+
+def _dense(optimizer: Optimizer, dtype: str = "f32") -> Method:
+    """An ordinary optimizer on the full-precision mean."""
+    wire_dtype = {"f32": None, "bf16": jnp.bfloat16}[dtype]
+
+    def make(rate: Any, decay: Any, steps: int) -> Any:
+        del steps
+        after = _decoupled(optimizer.direction(), rate, decay)
+        return full_precision(after, wire_dtype=wire_dtype)
+
+    cost = lambda params, n: dl.full_precision_cost(params, n, dtype)  # noqa: E731
+    return Method(make, cost, optimizer.learning_rate, optimizer.weight_decay)
+
+
+def _compressed(compressor: Compressor, optimizer: Optimizer) -> Method:
+    return _after(lambda _: compressed_average(compressor), optimizer, compressor.cost)
+
+
+# Four stages of falling density in the first fifth of the steps, as DGC's authors do by epochs.
+DGC_STAGES, DGC_SHARE = (0.25, 0.16, 0.1, 0.0625), 0.2
+
+
+def _dgc(steps: int) -> Any:
+    each = max(1, round(DGC_SHARE * steps / len(DGC_STAGES)))
+    return deep_gradient_compression(DENSITY, 0.9, DGC_STAGES, each, clip_norm=1.0)
+
+
+def _dgc_cost(params: Any, n: int) -> dl.WireCost:
+    """Of the mean step: a fifth of them send more (exact where 20 divides the steps)."""
+    early = sum(DGC_STAGES) / len(DGC_STAGES)
+    return TopK(DGC_SHARE * early + (1 - DGC_SHARE) * DENSITY).cost(params, n)
+
+
+def _vote(make: Callable[..., Any], rate: float, decay: float, **options: Any) -> Method:
+    """A vote; simulated workers gather ballots, and the cost is of the transport with fewest bytes.
+
+    All transports give the same, bit for bit. The cost has the health figures, a step's default.
+    """
+
+    def build(schedule: Any, weight_decay: Any, steps: int) -> Any:
+        del steps
+        rest = {"transport": "all_gather", "health": "off"} | options
+        return make(schedule, weight_decay=weight_decay, **rest)
+
+    cost = lambda params, n: dl.wire_cost(params, n, **options)  # noqa: E731
+    return Method(build, cost, rate, decay)
+
+
+def _constant(zero: int, tie: int, b1: float = 0.9, b2: float = 0.99) -> Method:
+    """A vote as others do it; the cost is of bits, which some of them spread over bytes."""
+
+    def build(schedule: Any, weight_decay: Any, steps: int) -> Any:
+        del steps
+        return constant_vote(schedule, b1, b2, weight_decay, zero=zero, tie=tie)
+
+    ballot = "ternary" if zero == 0 else "binary"  # zeros that abstain take a second bit
+    cost = lambda params, n: dl.wire_cost(params, n, ties="coin", ballot=ballot)  # noqa: E731
+    return Method(build, cost, 1e-3, 0.1)
+
+
+def _synchronized(vote: Method, every: int) -> Method:
+    """A vote whose momenta are averaged now and then; bits of the average are spread out."""
+
+    def build(schedule: Any, weight_decay: Any, steps: int) -> Any:
+        return dl.synchronize_momentum(vote.make(schedule, weight_decay, steps), every)
+
+    def cost(params: Any, n: int) -> dl.WireCost:
+        dense = dl.full_precision_cost(params, n).collectives[0]
+        spread = dense._replace(elements=dense.elements // every)
+        of_vote = vote.cost(params, n)
+        return of_vote._replace(collectives=(*of_vote.collectives, spread))
+
+    return vote._replace(make=build, cost=cost)
+
+
+def lion_family(b1: float = 0.9, b2: float = 0.99) -> dict[str, Method]:
+    """Lion and its votes, ties broken in three ways."""
+    vote = functools.partial(dl.distributed_lion, b1=b1, b2=b2)
+    return {
+        "Lion": _dense(Optimizer(lambda: optax.scale_by_lion(b1, b2), 1e-3, 0.1)),
+        "D-Lion majority": _vote(vote, 1e-3, 0.1),
+        "D-Lion majority, coin": _vote(vote, 1e-3, 0.1, ties="coin"),
+        "D-Lion majority, ties -1": _constant(0, -1, b1, b2),
+        "D-Lion average": _vote(vote, 2e-3, 0.05, aggregation="average"),
+    }
+
+
+LION = lion_family()
+METHODS: dict[str, Method] = {
+    "D-Lion majority": LION["D-Lion majority"],
+    "D-Lion average": LION["D-Lion average"],
+    "D-SIGNUM majority": _vote(distributed_signum, 1e-3, 0.1),
+    "D-SIGNUM average": _vote(distributed_signum, 2e-3, 0.05, aggregation="average"),
+    "signSGD majority": _vote(sign_sgd, 1e-3, 0.1),
+    "Lion": LION["Lion"],
+    "AdamW": _dense(ADAMW),
+    "SGD momentum": _dense(SGDM),
+    "EF-signSGD": _compressed(EFSign(), SGD),
+    "QSGD": _compressed(QSGD(), SGDM),
+    "TernGrad": _compressed(TernGrad(), SGDM),
+    "GradDrop": _compressed(TopK(DENSITY), SGD),
+    "DGC": _after(_dgc, SGD, _dgc_cost),
+    "PowerSGD": _compressed(PowerSGD(2), SGDM),
+    # The same compressors before the optimizer that transformers are trained with.
+    "QSGD + AdamW": _compressed(QSGD(), ADAMW),
+    "TernGrad + AdamW": _compressed(TernGrad(), ADAMW),
+    "PowerSGD + AdamW": _compressed(PowerSGD(2), ADAMW),
+    # Other ranks and wires, which are not in the default comparison.
+    "PowerSGD rank 1": _compressed(PowerSGD(1), SGDM),
+    "PowerSGD rank 1 + AdamW": _compressed(PowerSGD(1), ADAMW),
+    "Lion bf16": _dense(Optimizer(optax.scale_by_lion, 1e-3, 0.1), "bf16"),
+    "AdamW bf16": _dense(ADAMW, "bf16"),
+    "SGD momentum bf16": _dense(SGDM, "bf16"),
+}
+DEFAULT = tuple(name for name in METHODS if "bf16" not in name and "rank" not in name)
+# What zeros and ties do elsewhere.
+METHODS |= {
+    "D-Lion majority, coin": LION["D-Lion majority, coin"],
+    "D-Lion majority, ternary": _vote(dl.distributed_lion, 1e-3, 0.1, ballot="ternary"),
+    "D-Lion majority, ties -1": LION["D-Lion majority, ties -1"],
+    "D-Lion majority, ties and zeros -1": _constant(-1, -1),
+    "D-Lion majority, ties and zeros +1": _constant(1, 1),
+}
+
+
+def _smoothed_vote(rate: Any, weight_decay: Any, **options: Any) -> Any:
+    """A majority vote, and momentum on its verdicts: their moving average, the same everywhere."""
+    vote = dl.scale_by_distributed_lion(**options)
+    return _decoupled(optax.chain(vote, dl.replicated(optax.ema(0.9))), rate, weight_decay)
+
+
+METHODS["D-Lion majority, vote EMA 0.9"] = _vote(_smoothed_vote, 2e-3, 0.05)
+# For workers with unlike data.
+_NOISY = _vote(dl.distributed_lion, 3e-3, 0.1, noise=2.0)
+METHODS |= {
+    "D-Lion majority, noise 2": _NOISY,
+    "D-Lion majority, sync 16": _synchronized(METHODS["D-Lion majority"], 16),
+    "D-Lion majority, sync 64": _synchronized(METHODS["D-Lion majority"], 64),
+    "D-Lion majority, noise 2, sync 16": _synchronized(_NOISY, 16),
+}
