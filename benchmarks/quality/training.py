@@ -88,7 +88,8 @@ def worker_axes(state: Any) -> Any:
             return 0
         if roles.once:
             return None
-        each = {"own": lambda x: 0, "shared": lambda x: None, "": worker_axes}
+        own = lambda field: jax.tree.map(lambda _: 0, field)  # noqa: E731
+        each = {"own": own, "shared": lambda field: None, "": worker_axes}
         return map_fields(lambda role, _, field: each[role](field), node, roles)
 
     return jax.tree.map(axes, state, is_leaf=lambda node: roles_of(node) is not None)
