@@ -101,7 +101,7 @@ chunks: how many collectives carry each phase; None: 1. With gloo (CPU) on links
 seed: of coins and noise; None: 0. Runs with other seeds toss independent coins.
 allow_single_worker: whether an axis of size 1 is meant.
 """
-DOCUMENTED = "      **options: as listed below.\n"  # where the text goes in a factory's docstring
+DOCUMENTED = "  **options: as listed below."  # where the text goes in a factory's docstring
 
 
 class VoteOptions(TypedDict, total=False):
@@ -209,8 +209,9 @@ def takes_vote_options(factory: Callable[_P, _R]) -> Callable[_P, _R]:
                 raise TypeError(f"{factory.__name__}() has no argument `{name}`.{hint}")
         return factory(*args, **kwargs)
 
-    written, wanted = factory.__doc__ or "", textwrap.indent(OPTIONS, " " * 6)
+    # Python 3.13 takes the indentation off docstrings, older ones do not.
+    written, wanted = inspect.cleandoc(factory.__doc__ or ""), textwrap.indent(OPTIONS, "  ")
     assert DOCUMENTED in written, factory.__name__
-    checked.__doc__ = written.replace(DOCUMENTED, wanted)
+    checked.__doc__ = written.replace(DOCUMENTED, wanted.rstrip())
     setattr(checked, "__signature__", signature)  # noqa: B010 (functions have no such field)
     return checked
