@@ -253,9 +253,8 @@ def vote(
     rules = (aggregation in ("majority", "average"), ties in ("zero", "coin"))
     if not all(rules) or ballot not in ("ternary", "binary"):
         raise ValueError(f"unknown rule among {aggregation!r}, {ties!r}, {ballot!r}")
-    n = len(gradients)
+    n, leaves = len(gradients), gradients[0]
     step = state.count ^ mix(seed)  # mix(0) is 0
-    leaves = gradients[0]
     address = addresses(leaves)
     participating = [True] * n if participating is None else participating
     weights = [1] * n if weight is None else [int(w) for w in weight]

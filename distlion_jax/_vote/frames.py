@@ -24,9 +24,14 @@ def present_columns(rules: Rules) -> int:
     return 1 if rules.ballot == "binary" else BLOCK
 
 
+def planes_for(n: int, max_weight: int) -> int:
+    """Planes that hold any count of n workers: ``ceil(log2(n * max_weight + 1))``."""
+    return (n * max_weight).bit_length()
+
+
 def verdict_columns(rules: Rules, n: int) -> tuple[int, ...]:
     """Words a group of each plane of the verdict of n workers, as it travels."""
-    planes = (n * rules.top_weight).bit_length()
+    planes = planes_for(n, rules.top_weight)
     if rules.aggregation == "majority":
         by_block = rules.ties == "coin" and rules.ballot == "binary"
         return (BLOCK, 1) if by_block else (BLOCK, BLOCK)

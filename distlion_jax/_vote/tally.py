@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from distlion_jax._vote import words
+from distlion_jax._vote import frames, words
 from distlion_jax._vote.ballot import Ballot
 
 Planes = tuple[Array, ...]
@@ -38,11 +38,6 @@ class Margins(NamedTuple):
 
     tied: Array  # float32[segments]: coordinates that had voters and a sum of 0
     margin: Array  # float32[segments]: sum over coordinates of |sum of votes|
-
-
-def planes_for(n: int, max_weight: int) -> int:
-    """Planes that hold any count of n workers: ``ceil(log2(n * max_weight + 1))``."""
-    return (n * max_weight).bit_length()
 
 
 def _full_add(x: Array, y: Array, z: Array) -> tuple[Array, Array]:
@@ -112,7 +107,7 @@ def _masks(weight: Array, max_weight: int) -> list[Array]:
 
 def count(ballots: Ballot, max_weight: int) -> Count:
     """Counts the stacked ballots of n workers (leading axis n on every field)."""
-    width = planes_for(len(ballots.weight), max_weight)
+    width = frames.planes_for(len(ballots.weight), max_weight)
 
     def voters(some: Ballot) -> list[Array]:
         return [some.present & mask for mask in _masks(some.weight, max_weight)]

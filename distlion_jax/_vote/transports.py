@@ -2,11 +2,14 @@
 """The transports: how n ballots become one verdict, each beside the collectives that it costs.
 
 In:  this worker's :class:`~distlion_jax._vote.ballot.Ballot` (differs by worker).
-Out: a :class:`~distlion_jax._vote.verdict.Verdict`: the same on every worker, bit for bit. Its
-     planes, voters and weight are also the same whatever the transport. The health figures are, up
-     to the order of a float sum.
+Out: a :class:`~distlion_jax._vote.verdict.Verdict`: the same on every worker, bit for bit, and
+     known to JAX as replicated (the result of an all-gather or all-reduce of ``wire``). Its planes,
+     voters and weight are also the same whatever the transport. The health figures are, up to the
+     order of a float sum.
 
-A new transport is one more class here, and its name in ``_rules.Transport``.
+A new transport is a class here, with its name in ``BY_NAME`` and in ``_rules`` (``Transport``,
+``OPTIONS``). If it moves words by another collective, ``wire`` gets that, and
+``distlion_jax.forecast`` its price in hops.
 """
 
 import abc
@@ -153,7 +156,7 @@ class Psum(Transport):
         flat = jnp.concatenate([words.unpack_bits(x).reshape(-1) for x in sides])
         sums = wire.total((flat.astype(jnp.int32) * ballot.weight).astype(dtype), axis)
         sums = jnp.split(sums.astype(jnp.uint32), [PLANES * ballot.votes.size])
-        width = range(tally.planes_for(n, rules.top_weight))
+        width = range(frames.planes_for(n, rules.top_weight))
         positive, voters = (
             tuple(
                 words.pack_bits((x.reshape(PLANES, *side.shape) >> jnp.uint32(k)) & 1)

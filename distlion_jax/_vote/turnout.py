@@ -133,6 +133,14 @@ def all_finite(tree: Any) -> Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)] or [True]))
 
 
+def finite_norm(tree: Any) -> Array:
+    """``bool[]``: whether the tree has a finite norm in float32.
+
+    One number of 1e20 has none, and would end in scales and errors that are not finite.
+    """
+    return jnp.isfinite(sum(jnp.sum(x * x) for x in jax.tree.leaves(tree)))
+
+
 class MeanHealth(NamedTuple):
     """How a full-precision mean went: who was counted."""
 

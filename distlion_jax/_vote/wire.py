@@ -8,7 +8,9 @@ With workers ``i`` and ``n`` of them, each identity below is the shape law of on
 * :func:`scatter`: ``[n, words] -> [n, words]``; row j of worker i's result is row i of worker j's
   operand. ``scatter(x)[j] == gather(x)[j, i]``, at one n-th of the traffic.
 * :func:`total`:   ``[...] -> [...]``; ``total(x) == gather(x).sum(0)``.
-* :func:`from_first`: ``[...] -> [...]``; ``from_first(x) == gather(x)[0]``.
+
+:func:`from_first` moves nothing where JAX tracks no replication: its operand is the same on all
+workers already, and only JAX cannot know it. It is no broadcast.
 
 The first two take the sizes of the pieces that the words travel in, a collective each.
 
@@ -123,10 +125,10 @@ def largest(x: Array, axis_name: AxisName) -> Array:
 
 
 def from_first(tree: Any, axis_name: AxisName) -> Any:
-    """Worker 0's values, which JAX then knows to be replicated: one small all-reduce.
+    """The tree, known to JAX as replicated: one small all-reduce of worker 0's values.
 
-    For what is the same on all workers, although JAX cannot know it. Where nothing is tracked, the
-    tree as it is.
+    The values must be the same on all workers already. Where JAX tracks no replication (pmap, vmap,
+    ``check_vma=False``) the tree is returned as it is.
     """
     if not is_checked(axis_name) or not jax.tree.leaves(tree):
         return tree

@@ -24,7 +24,7 @@ from distlion_jax import _checks as checks
 from distlion_jax._rounds import in_rounds
 from distlion_jax._rules import AxisName
 from distlion_jax._vote import frames, wire
-from distlion_jax._vote.turnout import MeanHealth, Round, all_finite, no_mean
+from distlion_jax._vote.turnout import MeanHealth, Round, all_finite, finite_norm, no_mean
 from distlion_jax._vote.words import Layout
 from distlion_jax.exchanges import Roles
 from distlion_jax.ledger import Collective, WireCost, layout_of
@@ -201,7 +201,7 @@ def compressed_average(
         if compressor.feedback:
             checks.check_momentum(updates, state.error)
             wanted = jax.tree.map(jnp.add, wanted, state.error)
-        context = only_with_norm(context, wanted)
+        context = context.only_if(finite_norm(wanted))
         leaves, treedef = jax.tree.flatten(wanted)
         out = compressor.mean(leaves, state.memory, context)
         error = state.error
@@ -216,15 +216,6 @@ def compressed_average(
         )
 
     return in_rounds(init, update, axis_name, None)
-
-
-def only_with_norm(context: Round, wanted: Any) -> Round:
-    """The round, which a worker sits out whose numbers have no finite norm in float32.
-
-    One number of 1e20 has none, and would end in scales and errors that are not finite.
-    """
-    square = sum(jnp.sum(x * x) for x in jax.tree.leaves(wanted))
-    return context.only_if(jnp.isfinite(square))
 
 
 def health_of(context: Round, workers: Array) -> MeanHealth:

@@ -16,7 +16,7 @@ from distlion_jax._rounds import in_rounds
 from distlion_jax._rules import AxisName, check_fraction, concrete_value
 from distlion_jax._vote import wire
 from distlion_jax._vote.frames import to_floats, to_words
-from distlion_jax._vote.turnout import MeanHealth, Round, no_mean
+from distlion_jax._vote.turnout import MeanHealth, Round, finite_norm, no_mean
 from distlion_jax._vote.words import Layout
 from distlion_jax.baselines.compress import (
     Averaged,
@@ -25,7 +25,6 @@ from distlion_jax.baselines.compress import (
     as_updates,
     health_of,
     keep_unless_absent,
-    only_with_norm,
 )
 from distlion_jax.exchanges import Roles
 
@@ -190,7 +189,7 @@ def deep_gradient_compression(
         g = clipped(jax.tree.map(lambda g: g.astype(jnp.float32), updates))
         u = jax.tree.map(lambda u, g: momentum * u + g, state.momentum, g)
         v = jax.tree.map(jnp.add, state.accumulated, u)
-        context = only_with_norm(context, v)
+        context = context.only_if(finite_norm(v))
         leaves, treedef = jax.tree.flatten(v)
         branches = [
             lambda leaves, d=d: TopK(d).mean(leaves, (), context)  # the same on all workers
