@@ -17,11 +17,11 @@ from benchmarks.cli import UsageError
 FORMAT = 3  # of a line of results
 SEARCH_SEEDS = (1000, 1001)  # of the trials of a search; no result uses them
 BASE = "Lion"  # what differences are taken to, seed by seed
-VOTE = "D-Lion majority"  # whose loss the others are followed to
+VOTE = "D-Lion majority"  # tables say how soon the others reach its final loss
 Row = dict[str, Any]
 Found = dict[tuple[str, int], dict[int, Row]]  # by method and workers, then by seed
 
-# The methods in the order of the tables, and their groups: a hue each in plots.
+# The methods of quality/methods.py, in the order of the tables, and their groups: a hue each.
 GROUPS: dict[str, str] = {
     "D-Lion majority": "vote",
     "D-Lion average": "vote",

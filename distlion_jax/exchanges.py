@@ -36,8 +36,9 @@ class Roles:
     Args:
       exchange: whether the transformation makes workers agree.
       own: fields that differ by worker.
-      shared: fields that are the same on all workers. Train steps tell JAX so, but for those of an
-        exchange, which asks for it itself where it needs it.
+      shared: fields that are the same on all workers. Train steps make them known to JAX as such.
+        Exception: an exchange does that itself, for the fields it needs
+        (``average_gradients`` does for ``count``).
       like_params: fields that are trees of the parameters' shapes.
       in_place: fields of ``like_params`` that ``update`` also takes with a worker axis of size 1.
         XLA can then overwrite them; a reshape would cost two passes over memory.

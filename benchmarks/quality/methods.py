@@ -169,7 +169,7 @@ def lion_family(b1: float = 0.9, b2: float = 0.99) -> dict[str, Method]:
 
 
 LION = lion_family()
-METHODS: dict[str, Method] = {
+METHODS: dict[str, Method] = {  # rows.py has the same names in the same order, for the tables
     "D-Lion majority": LION["D-Lion majority"],
     "D-Lion average": LION["D-Lion average"],
     "D-SIGNUM majority": _vote(distributed_signum, 1e-3, 0.1),

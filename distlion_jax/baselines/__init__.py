@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Distributed Lion is compared with, behind the same interface."""
+"""What Distributed Lion is compared with, behind the same interface.
+
+A lossy mean of gradients is a :class:`Compressor` (``qsgd`` is the shortest). A method with state
+of its own before the mean is an exchange on ``_rounds.in_rounds`` (``top_k`` holds one). Optimizer
+state that all workers share goes into a stage of its own after it, ``replicated(...)``. The
+comparison lists methods in ``benchmarks.quality.methods`` and, for tables, in ``benchmarks.rows``.
+"""
 
 from distlion_jax.baselines.compress import CompressedAverageState, Compressor, compressed_average
 from distlion_jax.baselines.ef_sign import EFSign

@@ -36,7 +36,7 @@ class Averaged(NamedTuple):
     """What a compressor makes of a round."""
 
     mean: Leaves  # over the workers that take part; NaN if none does; the same on all workers
-    sent: Leaves  # this worker's part in it, which error feedback takes off
+    sent: Leaves  # what this worker's message stands for; the rest of its leaves is the new error
     memory: Any  # the compressor's own; the same on all workers
     workers: Array  # int32[]: how many took part; the same on all workers
 
