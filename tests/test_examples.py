@@ -267,22 +267,3 @@ def test_held_out_text_is_never_drawn(tmp_path):
     assert drawn["x"].shape == (4000, CONTEXT)
     letters_of_first = np.isin(drawn["x"], [2, 3]).mean(1)
     assert set(np.unique(letters_of_first)) == {0.0, 1.0}  # no window lies in two works
-
-
-SHORT = {
-    "unreliable_workers": ["voters, their mean loss", "['Dense_1']['kernel']", "bit: True"],
-    "nodes": ["training accuracy", "from node to node: 6,716 bytes a step", "203,560 in full"],
-    "by_layer": ["6 full, 2 majority, 1 average, 1 frozen", "bits a parameter and step"],
-}
-
-
-@pytest.mark.parametrize("name", SHORT)
-def test_short_examples_say_what_they_show(tmp_path, name):
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--steps", "8"]
-    options = dict(cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
-    done = subprocess.run(command, **options)
-    assert done.returncode == 0, done.stderr
-    for said in SHORT[name]:
-        assert said in done.stdout
-    helped = subprocess.run([*command[:2], "--help"], **options)
-    assert "--steps STEPS" in helped.stdout

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The short examples as a user runs them: a process of its own, in another folder, few steps."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import distlion_jax as dl
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+SHORT = ("unreliable_workers", "nodes", "by_layer")
+
+
+def run(name, folder, *flags):
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *flags]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(folder.iterdir()) == []
+    return done.stdout
+
+
+def number(pattern, text):
+    """What the group of the only match says, without the commas."""
+    (found,) = re.findall(pattern, text)
+    return float(found.replace(",", ""))
+
+
+def shapes(**leaves):
+    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in leaves.items()}
+
+
+def digits():
+    return shapes(bias_0=(64,), kernel_0=(784, 64), bias_1=(10,), kernel_1=(64, 10))
+
+
+def test_unreliable_workers(tmp_path):
+    said = run("unreliable_workers", tmp_path, "--steps", "60")
+    rows = re.findall(r"^(\d) +(\d+) +(\d+) +(\d+) steps$", said, re.MULTILINE)
+    worker, images, votes, voted = zip(*(map(int, row) for row in rows), strict=True)
+    assert worker == tuple(range(8))
+    assert [size / vote for size, vote in zip(images, votes, strict=True)] == [8.0] * 8
+    # Workers 0 and 1 come back, 6 and 7 drop out, 5 is broken in six steps.
+    assert voted == (10, 35, 60, 60, 60, 54, 50, 25)
+    leaves = re.findall(r"^\['(\w+)'\]\['(\w+)'\] +([\d.]+)% +([\d.]+)$", said, re.MULTILINE)
+    assert len(leaves) == 4
+    assert all(0 <= float(tied) < 100 and 0 < float(margin) <= 1 for *_, tied, margin in leaves)
+    first, last = number(r"([\d.]+) in the first", said), number(r"([\d.]+) in the last", said)
+    assert last < 0.7 * first
+    assert number(r"held-out accuracy: ([\d.]+)%", said) > 70
+
+
+def test_nodes(tmp_path):
+    said = run("nodes", tmp_path, "--steps", "60")
+    assert number(r"last 20 steps: loss ([\d.]+)", said) < number(r"first 20 .*loss ([\d.]+)", said)
+    assert number(r"last 20 steps: .*accuracy ([\d.]+)%", said) > 70
+    assert number(r"([\d,]+) by the vote", said) == 4 * dl.wire_cost(digits(), 2).bytes_received
+    full = dl.full_precision_cost(digits(), 2).bytes_received
+    assert number(r"([\d,]+) in full precision", said) == full
+    assert number(r"held-out accuracy: ([\d.]+)%", said) > 70
+
+
+def test_by_layer(tmp_path):
+    received = {}
+    for rule in ("average", "frozen"):
+        said = run("by_layer", tmp_path, "--steps", "60", "--embedding", rule)
+        assert said.count("  majority\n") == 2
+        assert said.count("  full\n") == 6
+        assert re.search(rf"\['Embed_0'\]\['embedding'\] +2,464  {rule}\n", said)
+        messages = re.findall(r"^all-[a-z-]+ of [\d,]+ \w+ +([\d,]+)$", said, re.MULTILINE)
+        received[rule] = number(r"in all +([\d,]+)", said)
+        assert sum(float(x.replace(",", "")) for x in messages) == received[rule]
+        assert received[rule] < number(r"in full precision +([\d,]+)", said) / 10
+        before, after = number(r"([\d.]+) before", said), number(r"([\d.]+) after", said)
+        assert after < before - 1
+    assert received["frozen"] < received["average"]
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_help_says_what_it_shows(tmp_path, name):
+    said = run(name, tmp_path, "--help")
+    assert "--steps" in said
+    assert "Trains " in said
