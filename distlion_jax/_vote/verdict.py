@@ -33,7 +33,9 @@ class VoteHealth(NamedTuple):
 
     voted: Array  # bool[]; differs by worker: whether this worker took part
     voters: Array  # int32[]; the same on all workers: how many took part
-    tied: Any  # float32[] (or a list, a scalar per leaf); same: share of coordinates tied
+    # float32[] (or a list, a scalar per leaf); same: share of coordinates that had votes and a sum
+    # of 0. Coordinates without a vote are in the denominator only.
+    tied: Any
     margin: Any  # float32[] (or a list, a scalar per leaf); same: mean |sum of votes| / weight
     roles = Roles(own=("voted",), shared=("voters", "tied", "margin"))
 

@@ -46,7 +46,8 @@ def make_train_step(
       axis_name: the axis, or axes, that vote.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``; aux is a tree of numbers to average.
       mean_axis_name: fast inner axis, or axes, over which gradients are averaged in full precision
-        before the vote, as :func:`distlion_jax.average_gradients` does.
+        before the vote, as :func:`distlion_jax.average_gradients` does. Every device then votes
+        with its twins: a node's link carries the vote once for each of its devices.
       gradients: ``"local"`` is for a vote. ``"mean"`` averages gradients over all axes first, for
         an ordinary optimizer such as ``optax.lion``. Its state is then replicated: plain
         ``tx.init(params)``, through :func:`distlion_jax.replicate`. A worker with a gradient that
