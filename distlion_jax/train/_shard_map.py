@@ -22,6 +22,13 @@ from distlion_jax.train._placement import Placement
 from distlion_jax.train._state import per_worker, stack, unstack
 from distlion_jax.train._worker import Step, block_on_cpu, worker_step
 
+NOT_REPLICATED = (
+    "distlion_jax: if `tx` makes the workers agree, what follows that must be known to be the same "
+    "on all of them. Wrap a transformation that keeps arrays in distlion_jax.replicated(...); let the "
+    "state class of a counter declare roles = distlion_jax.Roles(shared=(...,)); or pass "
+    "check_vma=False, with which the step compares the replicas' bits instead."
+)
+
 
 def make_train_step(
     loss_fn: Callable[..., Any],
@@ -114,7 +121,12 @@ def make_train_step(
             out_specs=(place.params, by_state, _metrics.specs(state, place, bool(mean_axes))),
             check_vma=check_vma,
         )
-        return sharded(*given)
+        try:
+            return sharded(*given)
+        except (TypeError, ValueError) as error:
+            if check_vma and "out_specs" in str(error):
+                error.add_note(NOT_REPLICATED)
+            raise
 
     jitted = jax.jit(run, donate_argnums=(0, 1) if donate else ())
     wait = block_on_cpu(mesh.devices.flat)
