@@ -24,8 +24,8 @@ from distlion_jax.train._worker import Step, block_on_cpu, worker_step
 
 NOT_REPLICATED = (
     "distlion_jax: if `tx` makes the workers agree, what follows that must be known to be the same "
-    "on all of them. Wrap a transformation that keeps arrays in distlion_jax.replicated(...); let the "
-    "state class of a counter declare roles = distlion_jax.Roles(shared=(...,)); or pass "
+    "on all of them. Wrap a transformation that keeps arrays in distlion_jax.replicated(...); let "
+    "the state class of a counter declare roles = distlion_jax.Roles(shared=(...,)); or pass "
     "check_vma=False, with which the step compares the replicas' bits instead."
 )
 
