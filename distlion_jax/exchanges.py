@@ -138,6 +138,11 @@ def map_fields(f: Callable[[Any, str, Any], Any], node: Any, roles: Roles) -> An
     """
     named = dict.fromkeys(roles.own, "own") | dict.fromkeys(roles.shared, "shared")
     names = getattr(node, "_fields", None) or [f.name for f in dataclasses.fields(node)]
+    if unknown := {*named, *roles.like_params, *roles.in_place} - set(names):
+        raise ValueError(
+            f"`roles` of {type(node).__name__} names the fields {sorted(unknown)}, which it lacks; "
+            f"it has {list(names)}."
+        )
     new = {name: f(named.get(name, ""), name, getattr(node, name)) for name in names}
     return node._replace(**new) if hasattr(node, "_replace") else dataclasses.replace(node, **new)
 

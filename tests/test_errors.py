@@ -6,6 +6,7 @@ import functools
 import re
 import traceback
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,6 +123,16 @@ def traced_step():
     tx, mesh = optax.lion(0.1), dl.worker_mesh(8)
     state = dl.init_state(tx, PARAMS, mesh)
     return jax.jit(dl.make_train_step(loss, tx, mesh, check_vma=False))(PARAMS, state, BATCH)
+
+
+class Misspelt(NamedTuple):
+    count: Any
+    roles = dl.Roles(shared=("cuont",))
+
+
+def misspelt_roles():
+    tx = optax.GradientTransformation(lambda _: Misspelt(jnp.int32(0)), lambda g, s, p=None: (g, s))
+    return step(tx=optax.chain(dl.distributed_lion(0.1), tx))()
 
 
 def apart():
@@ -330,6 +341,9 @@ CASES = {
     "`params['b']` differs by worker after call 1 of this step: it differed from the": apart,
     "`tree` has a leaf of dtype key<fry>; numbers are hashed.": lambda: checksum(
         [jax.random.key(0)]
+    ),
+    "`roles` of Misspelt names the fields ['cuont'], which it lacks; it has ['count'].": (
+        misspelt_roles
     ),
     "`tx` holds a vote or an average over the workers, whose state is each": lambda: dl.replicated(
         dl.distributed_lion(0.1)

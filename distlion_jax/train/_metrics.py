@@ -65,7 +65,8 @@ def took_part(before: Any, after: Any) -> Array:
     """
     entered = jnp.bool_(True)
     for old, new in zip(exchanges(before), exchanges(after), strict=True):
-        if (health := getattr(new, "health", None)) is not None:
+        health = getattr(new, "health", None)
+        if isinstance(health, VoteHealth | MeanHealth):
             mine = health.voted if isinstance(health, VoteHealth) else health.counted
             entered &= mine | (new.count == old.count)
     return entered
