@@ -46,6 +46,9 @@ States and records: ``AverageGradientsState``, ``Collective``, ``Forecast``, ``L
 algorithm in plain NumPy. A name with an underscore anywhere in its path is internal.
 """
 
+import importlib
+from typing import Any
+
 from distlion_jax import _old_paths
 from distlion_jax._rules import TRANSPORTS
 from distlion_jax._vote.turnout import MeanHealth
@@ -135,3 +138,10 @@ __all__ = [
 ]
 
 _old_paths.install()
+
+
+def __getattr__(name: str) -> Any:
+    """``distlion_jax.baselines``, which is loaded when it is asked for."""
+    if name == "baselines":
+        return importlib.import_module("distlion_jax.baselines")
+    raise AttributeError(f"module 'distlion_jax' has no attribute {name!r}")

@@ -21,6 +21,7 @@ from distlion_jax._vote.turnout import (
     MeanHealth,
     Round,
     all_finite,
+    as_held,
     finite_mean,
     no_mean,
     sane,
@@ -41,7 +42,7 @@ class AverageGradientsState(NamedTuple):
 
     count: Array  # int32[]; the same on all workers: rounds so far, ends the warm-up
     health: MeanHealth  # the last round's; as at the start once a warm-up is over
-    roles = Roles(exchange=True, shared=("count",))
+    roles = Roles(exchange=True, shared=("count",), shares_itself=True)
 
 
 def average_gradients(
@@ -100,14 +101,14 @@ def average_gradients(
 
         def mean(g: Any) -> Any:
             mean, health = finite_mean(g, axis_name, context.weight, wire_dtype)
-            return mean, jax.tree.map(lambda x: wire.vary(x, axis_name), health)
+            return mean, as_held(health, state.health, axis_name)
 
         def warm_up(g: Any) -> Any:
             (means, health), healthy = mean(g), all_finite(g)
             return jax.tree.map(lambda x, y: jnp.where(healthy, x, y), means, g), health
 
         def voting(g: Any) -> Any:
-            return g, jax.tree.map(lambda x: wire.vary(x, axis_name), no_mean())
+            return g, no_mean(state.health)
 
         if steps is None:
             out, health = mean(updates)
@@ -126,7 +127,9 @@ class ScaleByAveragedLionState(NamedTuple):
     count: Array  # int32[]; the same on all workers: rounds so far
     mu: optax.Updates  # the parameters' shapes, `mu_dtype`; differs by worker: never sent
     health: MeanHealth  # the last round's
-    roles = Roles(exchange=True, own=("mu",), shared=("count",), like_params=("mu",))
+    roles = Roles(
+        exchange=True, own=("mu",), shared=("count",), like_params=("mu",), shares_itself=True
+    )
 
 
 def scale_by_averaged_lion(
@@ -180,7 +183,7 @@ def scale_by_averaged_lion(
         return direction, ScaleByAveragedLionState(
             jnp.asarray(optax.safe_increment(state.count)),
             jax.tree.map(remember, updates, state.mu),
-            jax.tree.map(lambda x: wire.vary(x, axis_name), health),
+            as_held(health, state.health, axis_name),
         )
 
     return in_rounds(init, update, axis_name, Rules(max_weight=max_weight))

@@ -36,9 +36,10 @@ class Roles:
     Args:
       exchange: whether the transformation makes workers agree.
       own: fields that differ by worker.
-      shared: fields that are the same on all workers. Train steps make them known to JAX as such.
-        Exception: an exchange does that itself, for the fields it needs
-        (``average_gradients`` does for ``count``).
+      shared: fields that are the same on all workers. Train steps make them known to JAX as such,
+        by a small all-reduce, unless ``shares_itself``.
+      shares_itself: whether the exchange makes its shared fields known to JAX itself, where it
+        needs that. The exchanges of this package do.
       like_params: fields that are trees of the parameters' shapes.
       in_place: fields of ``like_params`` that ``update`` also takes with a worker axis of size 1.
         XLA can then overwrite them; a reshape would cost two passes over memory.
@@ -56,6 +57,7 @@ class Roles:
     like_params: tuple[str, ...] = ()
     in_place: tuple[str, ...] = ()
     once: bool = False
+    shares_itself: bool = False
 
 
 @functools.cache
@@ -111,7 +113,14 @@ def _roles_in_optax() -> dict[type, Roles]:
 def roles_of(node: Any) -> Roles | None:
     """What the class of a node of a state declares; None where it declares nothing."""
     declared = getattr(type(node), "roles", None)
-    return declared if isinstance(declared, Roles) else _roles_in_optax().get(type(node))
+    if isinstance(declared, Roles):
+        return declared
+    if isinstance(getattr(node, "roles", None), Roles):
+        raise ValueError(
+            f"`roles` is a field of {type(node).__name__}, and must be an attribute of the class: "
+            "write `roles = Roles(...)`, without an annotation."
+        )
+    return _roles_in_optax().get(type(node))
 
 
 def is_exchange(node: Any) -> bool:
@@ -127,8 +136,10 @@ def is_once(node: Any) -> bool:
 
 
 def exchanges(state: Any) -> list[Any]:
-    """The state of every exchange in a transformation's state, in order; none inside another."""
-    return [x for x in jax.tree.leaves(state, is_leaf=is_exchange) if is_exchange(x)]
+    """The state of every exchange in a transformation's state, in order; the innermost ones."""
+    outer = [x for x in jax.tree.leaves(state, is_leaf=is_exchange) if is_exchange(x)]
+    wrapped = [(x, exchanges(x.inner) if isinstance(x, ExchangeState) else []) for x in outer]
+    return [one for x, inner in wrapped for one in inner or [x]]
 
 
 def map_fields(f: Callable[[Any, str, Any], Any], node: Any, roles: Roles) -> Any:
@@ -137,7 +148,11 @@ def map_fields(f: Callable[[Any, str, Any], Any], node: Any, roles: Roles) -> An
     The role is ``"own"``, ``"shared"`` or ``""`` for a container.
     """
     named = dict.fromkeys(roles.own, "own") | dict.fromkeys(roles.shared, "shared")
-    names = getattr(node, "_fields", None) or [f.name for f in dataclasses.fields(node)]
+    names = getattr(node, "_fields", None) or [
+        field.name
+        for field in dataclasses.fields(node)  # less what is static, as Flax and JAX mark it
+        if field.metadata.get("pytree_node", True) and not field.metadata.get("static", False)
+    ]
     if unknown := {*named, *roles.like_params, *roles.in_place} - set(names):
         raise ValueError(
             f"`roles` of {type(node).__name__} names the fields {sorted(unknown)}, which it lacks; "
@@ -178,7 +193,8 @@ def exchange(tx: optax.GradientTransformation) -> optax.GradientTransformationEx
     """Declares that a transformation of your own makes the workers agree.
 
     Train steps then take it for what it is, as they do votes and averages. It must return the same
-    updates on all workers. Steps in which JAX does not check that compare the parameters' bits.
+    updates on all workers. Steps in which JAX does not check that (``pmap``, ``check_vma=False``)
+    compare the parameters' bits after calls 1, 2, 4, 8, ...; inside another ``jit`` nobody does.
 
     Args:
       tx: the transformation, such as ``optax.stateless`` around ``jax.lax.pmean``. Extra arguments

@@ -47,7 +47,12 @@ class ScaleByDistributedLionState(NamedTuple):
     mu: optax.Updates  # the parameters' shapes, `mu_dtype`; differs by worker: never sent
     health: VoteHealth | None  # the last round's; None with health="off"
     roles = Roles(
-        exchange=True, own=("mu",), shared=("count",), like_params=("mu",), in_place=("mu",)
+        exchange=True,
+        own=("mu",),
+        shared=("count",),
+        like_params=("mu",),
+        in_place=("mu",),
+        shares_itself=True,
     )
 
 

@@ -107,22 +107,49 @@ def nobody_agrees(how):
 
     def call():
         tx, mesh, params = optax.lion(0.1), dl.worker_mesh(8), jnp.zeros(2)
+        if how.startswith("later"):  # all alike until the fifth update
+            tx = optax.lion(lambda count: jnp.where(count < 4, 0.0, 0.1), weight_decay=0.0)
         rows = jnp.arange(-15.0, 17.0).reshape(16, 2)
         linear = lambda x, rows: jnp.sum(x * rows.mean(0))  # noqa: E731
-        if how == "pmap":
-            state = dl.pmap_replicate(tx.init(params))
-            return dl.make_pmap_train_step(linear, tx)(dl.pmap_replicate(params), state, rows)
-        run_step = dl.make_train_step(linear, tx, mesh, check_vma=False)
-        return run_step(params, dl.init_state(tx, params, mesh), rows)
+        if how.endswith("pmap"):
+            params, state = dl.pmap_replicate(params), dl.pmap_replicate(tx.init(params))
+            run_step = dl.make_pmap_train_step(linear, tx)
+        else:
+            params, state = dl.replicate(params, mesh), dl.init_state(tx, params, mesh)
+            run_step = dl.make_train_step(linear, tx, mesh, check_vma=False)
+        for _ in range(5):
+            params, state, _ = run_step(params, state, rows)
 
     return call
 
 
-def traced_step():
-    """A step inside ``jax.jit``, which cannot look at the parameters."""
-    tx, mesh = optax.lion(0.1), dl.worker_mesh(8)
-    state = dl.init_state(tx, PARAMS, mesh)
-    return jax.jit(dl.make_train_step(loss, tx, mesh, check_vma=False))(PARAMS, state, BATCH)
+def traced_step(how):
+    """A step that cannot look at the parameters: lowered, or inside ``jax.jit``."""
+
+    def call():
+        tx, mesh = optax.lion(0.1), dl.worker_mesh(8)
+        if how == "pmap":
+            params, state = dl.pmap_replicate(PARAMS), dl.pmap_replicate(tx.init(PARAMS))
+            return jax.jit(dl.make_pmap_train_step(loss, tx))(params, state, BATCH)
+        state = dl.init_state(tx, PARAMS, mesh)
+        run_step = dl.make_train_step(loss, tx, mesh, check_vma=False, donate=False)
+        if how == "lowered":
+            return run_step.lower(PARAMS, state, BATCH)
+        if how == "closed over":
+            return jax.jit(lambda batch: run_step(PARAMS, state, batch))(BATCH)
+        return jax.jit(run_step)(PARAMS, state, BATCH)
+
+    return call
+
+
+class Annotated(NamedTuple):
+    count: Any
+    roles: Any = dl.Roles(shared=("count",))
+
+
+def annotated_roles():
+    tx = optax.GradientTransformation(lambda _: Annotated(0), lambda g, s, p=None: (g, s))
+    return dl.init_state(optax.chain(dl.distributed_lion(0.1), tx), PARAMS, dl.worker_mesh(8))
 
 
 class Misspelt(NamedTuple):
@@ -259,6 +286,7 @@ CASES = {
     "`b2` must lie in [0, 1); got nan.": option(b2=float("nan")),
     "`mu_dtype` must be float32 or bfloat16; got float16. ... mu_dtype=jnp.float32": option(**half),
     "`mu_dtype` must be float32 or bfloat16; got int8.": option(mu_dtype=jnp.int8),
+    "module 'distlion_jax' has no attribute 'lyon'": lambda: dl.lyon,  # type: ignore
     "distributed_lion() has no argument `tie`. Did you mean `ties`?": option(tie="coin"),
     "wire_cost() has no argument `aggregate`. Did you mean `aggregation`?": lambda: dl.wire_cost(
         PARAMS, 8, aggregate="average"
@@ -409,7 +437,20 @@ CASES = {
     "`params` differs by worker after call 1 ... average_gradients before another": nobody_agrees(
         "pmap"
     ),
-    "`tx` declares no vote and no average ... distlion_jax.exchange(tx) ... 'mean'": traced_step,
+    "`tx` declares no vote and no average ... distlion_jax.exchange(tx) ... 'mean'": traced_step(
+        "arguments"
+    ),
+    "`tx` declares no vote and no average ... inside another": traced_step("closed over"),
+    "`tx` declares no vote and no average ... a step that is lowered": traced_step("lowered"),
+    "`tx` declares no vote and no average ... put average_gradients before": traced_step("pmap"),
+    "`params` differs by worker after call 5 of this step": nobody_agrees("later"),
+    "`params` differs by worker after call 5 ... average_gradients": nobody_agrees("later, pmap"),
+    "`roles` is a field of Annotated, and must be an attribute ... without an annotation": (
+        annotated_roles
+    ),
+    "`mean_axis_name` 'chipp' is not an axis of the mesh": lambda: dl.make_train_step(
+        loss, dl.distributed_lion(0.1), dl.worker_mesh(8), mean_axis_name="chipp"
+    ),
     "`tx` holds a vote or an average over the workers, and gradients='mean' averages": step(
         options={"gradients": "mean", "check_vma": False}
     ),
@@ -453,7 +494,7 @@ CASES = {
 @functools.cache
 def raised(text):
     """The error that the case raises, and the lines of the package that it came through."""
-    with pytest.raises((ValueError, RuntimeError, TypeError)) as info:
+    with pytest.raises((ValueError, RuntimeError, TypeError, AttributeError)) as info:
         CASES[text]()
     frames = traceback.extract_tb(info.value.__traceback__)
     ours = [(Path(f.filename), f.lineno) for f in frames if ROOT in Path(f.filename).parents]

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import distlion_jax as dl
 from distlion_jax import baselines
@@ -246,7 +247,9 @@ BASELINES = {
 @pytest.mark.parametrize("name", BASELINES)
 def test_every_mean_counts_who_is_in_it(how, name):
     tx = BASELINES[name]
-    g = {"w": np.ones((N, 24, 16), np.float32), "b": np.ones((N, 3), np.float32)}
+    rng = np.random.default_rng(0)
+    shapes = {"w": (24, 16), "b": (3,)}
+    g = {k: rng.standard_normal((N, *s)).astype(np.float32) for k, s in shapes.items()}
     g["b"][5, 1] = np.inf
     state = jax.vmap(lambda g: tx.init(g))(g)
     take = np.arange(N) != 2
@@ -258,7 +261,15 @@ def test_every_mean_counts_who_is_in_it(how, name):
     (health,) = dl.mean_health(state)
     assert np.asarray(health.counted).tolist() == [i not in (2, 5) for i in range(N)]
     assert np.asarray(health.workers).tolist() == [N - 2] * N
+    # The same as without those two, whatever they hold.
+    for x in g.values():
+        x[[2, 5]] = 1e3
+    healthy = ~np.isin(np.arange(N), [2, 5])
+    others = map_workers(update, how, N)(g, jax.vmap(tx.init)(g), healthy)
+    same(updates, others[0])
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(updates))
+    if name == "average":
+        np.testing.assert_allclose(updates["w"][0], np.delete(g["w"], [2, 5], 0).mean(0), rtol=1e-4)
     assert not dl.vote_health(state)
 
 
@@ -279,3 +290,69 @@ def test_lion_on_the_mean_is_lion():
     mapped = jax.vmap(lambda g: play(tx, g), in_axes=1, axis_name="data")
     got = np.asarray(mapped(g))
     np.testing.assert_array_equal(got, np.stack([np.asarray(play(plain, g.mean(1)))] * N))
+
+
+# --- Average inside, vote across -----------------------------------------------------------------
+
+
+BOTH = ("node", "chip")
+
+
+@pytest.mark.parametrize(("axes", "steps"), [("node", None), (BOTH, None), (BOTH, 1)])
+def test_an_average_inside_a_node_with_jaxs_check_on(axes, steps):
+    """The state lies on nodes, or on all chips; a sick chip is left out of its node's mean."""
+    mesh = jax.make_mesh((4, 2), ("node", "chip"), axis_types=(AxisType.Auto,) * 2)
+    vote = dl.distributed_lion(0.25, weight_decay=0.0, axis_name="node", transport="two_phase")
+    tx = optax.chain(dl.average_gradients("chip", steps), vote)
+    params = dl.replicate({"w": jnp.zeros(3)}, mesh)
+    state = dl.init_state(tx, params, mesh, axes)
+    specs = dl.state_specs(state, axes)
+
+    def step(params, state, rows):
+        state = dl.unstack(state, axes)
+        grads = {"w": rows.mean(0)}
+        updates, state = tx.update(grads, state, params)
+        if axes == BOTH:  # the same on all chips of a node, which JAX cannot know of their momenta
+            updates = jax.lax.pmean(updates, "chip")
+        return optax.apply_updates(params, updates), dl.stack(state)
+
+    rows = with_nan(3)  # the second chip of the second node
+    mapped = jax.shard_map(
+        step, mesh=mesh, in_specs=(P(), specs, P(("node", "chip"))), out_specs=(P(), specs)
+    )
+    params, state = jax.jit(mapped)(params, state, rows)
+    assert np.isfinite(params["w"]).all()
+    (health,) = dl.mean_health(state)
+    if axes == "node":
+        assert health.counted.tolist() == [True, False, True, True]
+        assert health.workers.tolist() == [2, 1, 2, 2]
+    else:
+        assert health.counted.tolist() == [i != 3 for i in range(N)]
+        assert health.workers.tolist() == [2, 2, 1, 1, 2, 2, 2, 2]
+
+
+def test_an_exchange_shows_the_health_of_what_it_wraps():
+    _, _, metrics = train(dl.exchange(dl.distributed_lion(0.25)), "shard_map", [with_nan(3)])
+    assert metrics.health[0].voted.tolist() == [i != 3 for i in range(N)]
+    assert np.isfinite(metrics.loss)
+
+
+class OwnState(NamedTuple):
+    """Of a user's own exchange, with a counter that its updates depend on."""
+
+    count: Any
+    roles = dl.Roles(exchange=True, shared=("count",))
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_an_exchange_of_a_users_own_may_count(how):
+    def update(updates, state, params=None):
+        del params
+        mean = jax.lax.pmean(updates, "data")
+        return jax.tree.map(lambda g: -(0.5**state.count) * g, mean), OwnState(state.count + 1)
+
+    tx = optax.GradientTransformation(lambda _: OwnState(jnp.int32(0)), update)
+    got, state, _ = train(tx, how, [TARGETS] * 3)
+    assert np.asarray(state.count).tolist() == [3] * N
+    want, _, _ = train(optax.sgd(lambda t: 0.5**t), "shard_map", [TARGETS] * 3, gradients="mean")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, want)

@@ -6,9 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from distlion_jax.mesh import init_state
 
-from distlion_jax import distributed_lion, make_train_step, replicas_agree, replicate, worker_mesh
+from distlion_jax import (
+    distributed_lion,
+    init_state,
+    make_train_step,
+    replicas_agree,
+    replicate,
+    worker_mesh,
+)
 from tests.helpers import (
     B1,
     B2,

@@ -70,6 +70,7 @@ def test_nodes(tmp_path):
 
 
 @pytest.mark.parametrize("rule", ["average", "frozen"])
+@pytest.mark.slow
 def test_by_layer(tmp_path, rule):
     said = run("by_layer", tmp_path, "--steps", "60", "--embedding", rule)
     rows = re.findall(r"^\['(\w+)'\]\['(\w+)'\] +([\d,]+)  (\w+)$", said, re.MULTILINE)

@@ -149,9 +149,22 @@ class MeanHealth(NamedTuple):
     roles = Roles(own=("counted",), shared=("workers",))
 
 
-def no_mean() -> MeanHealth:
-    """Before the first round."""
-    return MeanHealth(jnp.ones([], jnp.bool_), jnp.zeros([], jnp.int32))
+def no_mean(like: MeanHealth | None = None) -> MeanHealth:
+    """Before the first round, or where none was held: in the types of a state's health."""
+    if like is None:
+        return MeanHealth(jnp.ones([], jnp.bool_), jnp.zeros([], jnp.int32))
+    return MeanHealth(jnp.ones_like(like.counted), jnp.zeros_like(like.workers))
+
+
+def as_held(health: MeanHealth, old: MeanHealth, axis: AxisName) -> MeanHealth:
+    """The health in the types of the state that holds it.
+
+    A state that the workers of the axis share, as chips share that of their node, cannot hold each
+    one's own flag: it holds whether all were counted. (Only where JAX tracks it; else one's own.)
+    """
+    if not wire.varying_axes(health.counted) <= wire.varying_axes(old.counted):
+        health = health._replace(counted=health.workers == wire.size(axis))
+    return MeanHealth(*(wire.vary_as(x, y) for x, y in zip(health, old, strict=True)))
 
 
 def sum_over_present(
@@ -193,7 +206,8 @@ def finite_mean(
 ) -> tuple[Any, MeanHealth]:
     """The full-precision mean over the workers, less those with a number that is not finite.
 
-    Every mean of the package is this one. It is NaN where nobody is counted.
+    Every full-precision mean of gradients or momenta is this one. It is NaN where nobody is
+    counted.
 
     Args:
       tree: this worker's own arrays.

@@ -75,6 +75,13 @@ def vary(x: Array, axis_name: AxisName) -> Array:
     return getattr(lax, "pvary")(x, missing)  # noqa: B009 (jax < 0.9)
 
 
+def vary_as(x: Array, like: Array) -> Array:
+    """Marks ``x`` as differing over the axes that ``like`` differs over."""
+    for name in sorted(varying_axes(like)):
+        x = vary(x, name)
+    return x
+
+
 def unvarying(named: Iterable[tuple[str, Any]], axis_name: AxisName) -> list[str]:
     """Names of the values that JAX knows to be equal on all workers (none where untracked)."""
     if not is_checked(axis_name):

@@ -24,7 +24,7 @@ from distlion_jax import _checks as checks
 from distlion_jax._rounds import in_rounds
 from distlion_jax._rules import AxisName
 from distlion_jax._vote import frames, wire
-from distlion_jax._vote.turnout import MeanHealth, Round, all_finite, finite_norm, no_mean
+from distlion_jax._vote.turnout import MeanHealth, Round, all_finite, as_held, finite_norm, no_mean
 from distlion_jax._vote.words import Layout
 from distlion_jax.exchanges import Roles
 from distlion_jax.ledger import Collective, WireCost, layout_of
@@ -132,7 +132,13 @@ class CompressedAverageState(NamedTuple):
     error: Any  # float32, the parameters' shapes; differs by worker: what was not sent yet
     memory: Any  # the compressor's own; the same on all workers
     health: MeanHealth  # the last round's
-    roles = Roles(exchange=True, own=("error",), shared=("count", "memory"), like_params=("error",))
+    roles = Roles(
+        exchange=True,
+        own=("error",),
+        shared=("count", "memory"),
+        like_params=("error",),
+        shares_itself=True,
+    )
 
 
 def compressed_average(
@@ -212,15 +218,10 @@ def compressed_average(
             jnp.asarray(optax.safe_increment(state.count)),
             error,
             jax.tree.map(lambda x: wire.vary(x, axis_name), out.memory),  # as the state is stacked
-            health_of(context, out.workers),
+            as_held(MeanHealth(context.takes_part, out.workers), state.health, axis_name),
         )
 
     return in_rounds(init, update, axis_name, None)
-
-
-def health_of(context: Round, workers: Array) -> MeanHealth:
-    """Who was counted in the round."""
-    return MeanHealth(context.takes_part, wire.vary(workers, context.axis))
 
 
 def keep_unless_absent(context: Round, new: Any, old: Any) -> Any:

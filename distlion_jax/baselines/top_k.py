@@ -16,14 +16,13 @@ from distlion_jax._rounds import in_rounds
 from distlion_jax._rules import AxisName, check_fraction, concrete_value
 from distlion_jax._vote import wire
 from distlion_jax._vote.frames import to_floats, to_words
-from distlion_jax._vote.turnout import MeanHealth, Round, finite_norm, no_mean
+from distlion_jax._vote.turnout import MeanHealth, Round, as_held, finite_norm, no_mean
 from distlion_jax._vote.words import Layout
 from distlion_jax.baselines.compress import (
     Averaged,
     Gathered,
     Leaves,
     as_updates,
-    health_of,
     keep_unless_absent,
 )
 from distlion_jax.exchanges import Roles
@@ -111,6 +110,7 @@ class DeepGradientCompressionState(NamedTuple):
         own=("momentum", "accumulated"),
         shared=("count",),
         like_params=("momentum", "accumulated"),
+        shares_itself=True,
     )
 
 
@@ -204,7 +204,7 @@ def deep_gradient_compression(
             jnp.asarray(optax.safe_increment(state.count)),
             keep_unless_absent(context, rest(u), state.momentum),
             keep_unless_absent(context, rest(v), state.accumulated),
-            health_of(context, out.workers),
+            as_held(MeanHealth(context.takes_part, out.workers), state.health, axis_name),
         )
 
     return in_rounds(init, update, axis_name, None)

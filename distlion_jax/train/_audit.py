@@ -106,7 +106,7 @@ def everywhere(same: Array) -> bool:
     return all(bool(np.all(np.asarray(shard.data))) for shard in same.addressable_shards)
 
 
-def check_on_schedule(agree: Callable[[Any], bool]) -> Callable[[Any], None]:
+def check_on_schedule(agree: Callable[[Any], bool]) -> Callable[[Any, bool], None]:
     """Looks, in calls 1, 2, 4, 8 and so on, whether all workers hold the same parameters.
 
     For steps in which JAX does not check it. It costs a small program to compile, and a wait for
@@ -116,17 +116,19 @@ def check_on_schedule(agree: Callable[[Any], bool]) -> Callable[[Any], None]:
       agree: whether all workers hold the same bits of a tree.
 
     Returns:
-      A function to be given the parameters after each step, which raises a ``ValueError`` where
-      they differ. Inside another transformation (``jax.jit``, ``jax.eval_shape``) it does nothing.
+      A function to be given the parameters after each step, and whether the transformation
+      declares that it makes workers agree; otherwise it looks in every call. It raises a
+      ``ValueError`` where they differ. Inside another transformation (``jax.jit``, ``jax.eval_shape``) it does nothing.
     """
     calls = 0
 
-    def look(params: Any) -> None:
+    def look(params: Any, declared: bool = True) -> None:
         nonlocal calls
         if any(isinstance(x, Tracer) for x in jax.tree.leaves(params)):
             return
         calls += 1
-        if calls & (calls - 1) or agree(params):
+        scheduled = calls & (calls - 1) == 0  # a power of two has one bit
+        if (declared and not scheduled) or agree(params):
             return
         named = jax.tree_util.tree_leaves_with_path(params)
         differing = (jax.tree_util.keystr(path) for path, x in named if not agree(x))

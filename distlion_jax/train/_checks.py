@@ -54,17 +54,23 @@ def check_step(batch: Any, state: Any, extra: dict[str, Any], n: int, shards: in
                 )
 
 
-def check_declared(params: Any, state: Any) -> None:
-    """Raises for a transformation that declares no exchange in a step that nobody watches.
+def is_traced(tree: Any) -> bool:
+    """Whether a step is called inside another transformation, where it cannot look at values."""
+    return any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
 
-    A step compares the replicas of its parameters, but not inside another transformation.
+
+def check_declared(state: Any) -> None:
+    """Raises for a transformation that declares no exchange, in a step that nobody watches.
+
+    A step compares the replicas of its parameters, but not where it is lowered, nor inside another
+    transformation.
     """
-    if any(isinstance(x, Tracer) for x in jax.tree.leaves(params)) and not exchanges(state):
+    if not exchanges(state):
         raise ValueError(
-            "`tx` declares no vote and no average over the workers, and inside another "
-            "transformation (as jax.jit) this step cannot compare their parameters: each worker "
-            "could go its own way, in silence. Declare it, distlion_jax.exchange(tx), if it makes "
-            "workers agree; or use distributed_lion, put average_gradients before it, or use "
+            "`tx` declares no vote and no average over the workers, and a step that is lowered, or "
+            "inside another transformation (as jax.jit), cannot compare their parameters: each "
+            "worker could go its own way, in silence. Declare it, distlion_jax.exchange(tx), if it "
+            "makes workers agree; or use distributed_lion, put average_gradients before it, or use "
             "make_train_step with gradients='mean'."
         )
 

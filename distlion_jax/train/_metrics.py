@@ -23,10 +23,14 @@ from distlion_jax.train._placement import Placement
 class Metrics(NamedTuple):
     """Figures of one step."""
 
-    loss: Array  # float32[]: mean over the workers that took part (NaN if none did)
+    # float32[]: mean over the workers that took part (NaN if none did); over all workers in a step
+    # that holds no round (an accumulating optax.MultiSteps), and with health="off"
+    loss: Array
     aux: Any  # tree of float32: the loss function's auxiliary output, averaged likewise
     health: tuple[VoteHealth, ...]  # of every vote in the transformation; `voted` is bool[n]
-    means: tuple[MeanHealth, ...] = ()  # of every average, and the step's own; `counted` is bool[n]
+    # Of every average, and the step's own; `counted` is bool[n]. Of an average over an inner axis
+    # in `tx`, `workers` is the first node's.
+    means: tuple[MeanHealth, ...] = ()
 
 
 def _healths(state: Any, kind: type) -> list[Any]:

@@ -53,10 +53,11 @@ class Placement:
         missing = [name for name in wire.axes(self.vote_axes) if name not in self.mesh.shape]
         missing += [name for name in self.inner_axes if name not in self.mesh.shape]
         if missing:
-            wanted = self.vote_axes if missing[0] in wire.axes(self.vote_axes) else self.inner_axes
+            votes = missing[0] in wire.axes(self.vote_axes)
+            name = "axis_name" if votes else "mean_axis_name"
+            wanted = self.vote_axes if votes else missing[0]
             raise ValueError(
-                f"`axis_name` {wanted!r} is not an axis of the mesh, which has "
-                f"{self.mesh.axis_names}."
+                f"`{name}` {wanted!r} is not an axis of the mesh, which has {self.mesh.axis_names}."
             )
 
     @property

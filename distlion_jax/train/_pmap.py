@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import optax
 
+from distlion_jax.exchanges import exchanges
 from distlion_jax.train import _audit as audit
-from distlion_jax.train._checks import check_declared, check_step
+from distlion_jax.train._checks import check_declared, check_step, is_traced
 from distlion_jax.train._worker import Step, block_on_cpu, worker_step
 
 
@@ -27,7 +28,7 @@ def make_pmap_train_step(
     Parameters and state carry a leading worker axis (:func:`pmap_replicate`; the state is of the
     same form as :func:`distlion_jax.init_state`'s, but that what is replicated is stacked too). The
     batch does not: the step splits it. pmap does not check that workers stay alike; calls 1, 2, 4,
-    8, ... of the step do.
+    8, ... of the step do, and every call for a ``tx`` that declares no exchange.
 
     Args:
       loss_fn, tx, axis_name, has_aux, donate: as in :func:`make_train_step`.
@@ -73,12 +74,13 @@ def make_pmap_train_step(
 
     def step(params: Any, state: Any, batch: Any, *, rng: Any = None, **extra: Any) -> Any:
         check_step(batch, (params, state), extra, n, n)
-        if n > 1:
-            check_declared(params, state)
+        if n > 1 and is_traced((params, state, batch, rng, extra)):
+            check_declared(state)
         batch = jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch)
+        declared = bool(exchanges(state))
         params, state, metrics = mapped((params, state), (batch, rng, extra))
         wait(metrics)
-        look(params)
+        look(params, declared)
         first = jax.tree.map(lambda x: x[0], metrics)
         votes = zip(first.health, metrics.health, strict=True)
         means = zip(first.means, metrics.means, strict=True)

@@ -15,9 +15,10 @@ from jax.sharding import PartitionSpec as P
 
 from distlion_jax._rules import AxisName, check_choice
 from distlion_jax._vote import wire
+from distlion_jax.exchanges import exchanges
 from distlion_jax.train import _audit as audit
 from distlion_jax.train import _metrics
-from distlion_jax.train._checks import check_averaged, check_declared, check_step
+from distlion_jax.train._checks import check_averaged, check_declared, check_step, is_traced
 from distlion_jax.train._placement import Placement
 from distlion_jax.train._state import per_worker, stack, unstack
 from distlion_jax.train._worker import Step, block_on_cpu, worker_step
@@ -61,7 +62,8 @@ def make_train_step(
         is not finite is left out of either mean, and ``metrics.means`` shows it.
       check_vma: JAX's check that what claims to be replicated is. Transformations after the vote
         that keep arrays (as ``optax.ema``) pass it inside :func:`distlion_jax.replicated`. Without
-        it, calls 1, 2, 4, 8, ... of the step compare the parameters of all devices.
+        it, calls 1, 2, 4, 8, ... of the step compare the parameters of all devices; every call does
+        for a ``tx`` that declares no exchange.
       donate: whether the buffers of params and state are reused. Those passed in cannot be used
         again.
 
@@ -128,6 +130,7 @@ def make_train_step(
                 error.add_note(NOT_REPLICATED)
             raise
 
+    watched = not check_vma and place.shards > 1
     jitted = jax.jit(run, donate_argnums=(0, 1) if donate else ())
     wait = block_on_cpu(mesh.devices.flat)
     look = audit.check_on_schedule(lambda params: audit.replicas_agree(params, mesh))
@@ -137,16 +140,18 @@ def make_train_step(
         check_step(batch, checked, extra, place.workers, place.shards)
         if extra and not stacked:
             raise ValueError(f"`{next(iter(extra))}` is for a vote; gradients='mean' takes all.")
-        watched = not check_vma and place.shards > 1
-        if watched and stacked:
-            check_declared(params, state)
+        if watched and stacked and is_traced((params, state, batch, rng, extra)):
+            check_declared(state)
+        declared = not stacked or bool(exchanges(state))
         params, state, metrics = jitted(params, state, batch, rng, extra)
         wait(metrics)
         if watched:
-            look(params)
+            look(params, declared)
         return params, state, metrics
 
     def lower(params: Any, state: Any, batch: Any, *, rng: Any = None, **extra: Any) -> Any:
+        if watched and stacked:
+            check_declared(state)
         return jitted.lower(params, state, batch, rng, extra)
 
     step.lower = lower  # type: ignore[attr-defined]

@@ -48,12 +48,12 @@ def _map_stacked(f: Callable[[Any], Any], state: Any) -> Any:
 def _map_shared(f: Callable[[Any], Any], state: Any) -> Any:
     """Maps every field that is declared to be shared, but what is stored once.
 
-    Fields of an exchange are left alone: it asks for worker 0's itself, where it needs them.
+    A state that shares itself is left alone: it asks for worker 0's values, where it needs them.
     """
 
     def one(node: Any) -> Any:
         roles = roles_of(node)
-        if roles is None or roles.once or (roles.exchange and (roles.own or roles.shared)):
+        if roles is None or roles.once or roles.shares_itself:
             return node
 
         def field(role: str, name: str, x: Any) -> Any:
