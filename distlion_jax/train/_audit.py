@@ -118,7 +118,8 @@ def check_on_schedule(agree: Callable[[Any], bool]) -> Callable[[Any, bool], Non
     Returns:
       A function to be given the parameters after each step, and whether the transformation
       declares that it makes workers agree; otherwise it looks in every call. It raises a
-      ``ValueError`` where they differ. Inside another transformation (``jax.jit``, ``jax.eval_shape``) it does nothing.
+      ``ValueError`` where they differ. Inside another transformation (``jax.jit``,
+      ``jax.eval_shape``) it does nothing.
     """
     calls = 0
 
