@@ -107,7 +107,7 @@ def test_peers_of_pytorch(tmp_path):
 
 
 def refused(monkeypatch, capsys, *flags, torch=True):
-    """What network.py says of a command line that it does not take."""
+    """What network.run says of a command line that it does not take."""
     network = benchmark("network.run")
     monkeypatch.setattr(network, "has_torch", lambda: torch)
     with pytest.raises(SystemExit, match="2"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The step times that distlion_jax.forecast predicts, against those that network.py measured.
+"""The step times that distlion_jax.forecast predicts, against those that network.run measured.
 
     python -m benchmarks.network.forecast_check benchmarks/results/network.jsonl \
         --plot runs/forecast.png
@@ -116,7 +116,7 @@ def plot(found: list[Check], file: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    p.add_argument("results", type=Path, help="network.py's results.jsonl")
+    p.add_argument("results", type=Path, help="network.run's results.jsonl")
     p.add_argument("--plot", type=Path, metavar="FILE", help="predicted against measured, as a PNG")
     args = p.parse_args(argv)
     found = checks(report.read(args.results))

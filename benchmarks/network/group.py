@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The processes of one framework, warmed up, that measure a cell whenever they are told to.
 
-In:  a worker module and its task; then cells (network_rounds.py says what one is).
+In:  a worker module and its task; then cells (rounds.py says what one is).
 Out: every process's rows of each cell.
 """
 

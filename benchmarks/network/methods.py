@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What network.py compares, by the names that its tables use; imports nothing."""
+"""What network.run compares, by the names that its tables use; imports nothing."""
 
 DENSE = {"lion fp32": "f32", "lion bf16": "bf16"}  # dtype of the all-reduced gradients
 VOTES: dict[str, dict[str, object]] = {  # options of distributed_lion

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every process of network.py measures, whichever framework it trains with.
+"""What every process of network.run measures, whichever framework it trains with.
 
 In:  a runner a method; then, a line of standard input each, the cells to measure: the parent
 changes the links between them, so that a program is compiled once for all rates.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # pyright: reportMissingImports=false
 # (PyTorch is an extra, which the type check does without.)
-"""One process of network.py --peers: what PyTorch offers on the same links, with the same rounds.
+"""One process of network.run --peers: what PyTorch offers on the same links, with the same rounds.
 
 DistributedDataParallel on gloo, of 24 linear layers of 1024 x 1024 without bias, batch 1 (25.2 M
 parameters): as it is, with its fp16 hook, and with PowerSGD of rank 1. Lion follows, as in the

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process of network.py: trains with every method in turn, and notes seconds and bytes.
+"""One process of network.run: trains with every method in turn, and notes seconds and bytes.
 
-It is started by network.py with one argument, a JSON object.
+It is started by network.run with one argument, a JSON object.
 torch_worker.py is its twin for the methods of PyTorch; how both measure is rounds.py's.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and plots of network.py's results file.
+"""Tables and plots of network.run's results file.
 
 In:  ``results.jsonl``, a line a cell. Out: a Markdown table, and plots of steps a second against
 bandwidth and of bytes counted against bytes predicted.

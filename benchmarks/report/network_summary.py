@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's tables of network.py's results; a test compares the two.
+"""The README's tables of network.run's results; a test compares the two.
 
 python -m benchmarks.report.network_summary benchmarks/results/network.jsonl
 """
@@ -96,7 +96,7 @@ def accuracy(rows: Sequence[Row]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Prints the tables."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    p.add_argument("results", type=Path, help="network.py's results.jsonl")
+    p.add_argument("results", type=Path, help="network.run's results.jsonl")
     results = p.parse_args(argv).results
     rows = read(results)
     if {"exchange", "large", "linear"} - {row["workload"] for row in rows}:
