@@ -243,7 +243,10 @@ BASELINES = {
 }
 
 
-@pytest.mark.parametrize("how", ["vmap", *HOW])
+SLOW = [pytest.param(how, marks=pytest.mark.slow) for how in HOW[1:]]
+
+
+@pytest.mark.parametrize("how", ["vmap", HOW[0], *SLOW])
 @pytest.mark.parametrize("name", BASELINES)
 def test_every_mean_counts_who_is_in_it(how, name):
     tx = BASELINES[name]
