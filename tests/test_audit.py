@@ -90,7 +90,7 @@ def test_all_same(how):
 
 
 def test_all_same_shows_gradients_that_were_summed():
-    """What cannot be told when tracing under pmap: a vote on these would be theatre."""
+    """What cannot be told when tracing under pmap: a vote on these would save nothing."""
 
     def worker(batch):
         local = jax.grad(lambda x: jnp.sum((x - batch) ** 2))(jnp.zeros(3))
