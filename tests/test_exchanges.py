@@ -276,11 +276,12 @@ def test_every_mean_counts_who_is_in_it(how, name):
     assert not dl.vote_health(state)
 
 
-def test_lion_on_the_mean_is_lion():
+@pytest.mark.parametrize("guarded", [True, False])
+def test_lion_on_the_mean_is_lion(guarded):
     """The yardstick equals Optax's Lion on gradients that are averaged beforehand, with ==."""
     rng = np.random.default_rng(0)
     g = rng.integers(-4, 5, (5, N, 3, 5)).astype(np.float32) / 4
-    tx = baselines.full_precision_lion(0.25, 0.75, 0.5, weight_decay=0.125)
+    tx = baselines.full_precision_lion(0.25, 0.75, 0.5, weight_decay=0.125, guarded=guarded)
     plain = optax.lion(0.25, 0.75, 0.5, weight_decay=0.125)
 
     def play(tx, rounds):
@@ -293,6 +294,12 @@ def test_lion_on_the_mean_is_lion():
     mapped = jax.vmap(lambda g: play(tx, g), in_axes=1, axis_name="data")
     got = np.asarray(mapped(g))
     np.testing.assert_array_equal(got, np.stack([np.asarray(play(plain, g.mean(1)))] * N))
+
+
+def test_a_mean_without_a_guard_is_of_all():
+    tx = baselines.full_precision(optax.sgd(1.0), guarded=False)
+    got, _, _ = train(tx, "shard_map", [with_nan(3)])
+    assert np.isnan(got["w"]).any()
 
 
 # --- Average inside, vote across -----------------------------------------------------------------
