@@ -10,6 +10,8 @@ Optimizers, Optax transformations of each worker's own gradient:
     scale_by_averaged_lion      Lion's direction on that mean, with the vote's state
     synchronize_momentum        averages the workers' momenta every so many steps
     replicated                  what follows a vote: state that all workers share
+    accumulate_gradients        optax.MultiSteps that exchanges once an update
+    keep_finite                 state before a vote that a bad gradient cannot spoil
     exchange                    declares that a transformation of yours makes workers agree
 
 Train steps:
@@ -21,6 +23,8 @@ Train steps:
     make_pmap_train_step        the same under jax.pmap
     pmap_replicate              parameters and state for it
     local_value_and_grad        a worker's own gradient, in a mapped function of yours
+    local                       parameters to differentiate, for nnx and Equinox
+    make_global_batch           one batch of the rows that every process has loaded
     unstack, stack              the state's worker axis, off and on, in such a function
     state_specs                 PartitionSpec of a state, for such a function
     vote_health, mean_health    how the last round went, from a state
@@ -51,8 +55,10 @@ from typing import Any
 
 from distlion_jax import _old_paths
 from distlion_jax._rules import TRANSPORTS
+from distlion_jax._version import VERSION
 from distlion_jax._vote.turnout import MeanHealth
 from distlion_jax._vote.verdict import VoteHealth
+from distlion_jax.accumulate import accumulate_gradients
 from distlion_jax.average import (
     AverageGradientsState,
     ScaleByAveragedLionState,
@@ -61,6 +67,7 @@ from distlion_jax.average import (
 )
 from distlion_jax.cluster import join
 from distlion_jax.exchanges import ReplicatedState, Roles, exchange, replicated
+from distlion_jax.finite import keep_finite
 from distlion_jax.forecast import Forecast, Link, break_even, forecast_all_reduce, forecast_vote
 from distlion_jax.hlo import compiled_collectives
 from distlion_jax.ledger import Collective, WireCost, full_precision_cost, wire_cost
@@ -75,7 +82,9 @@ from distlion_jax.train import (
     Metrics,
     all_same,
     init_state,
+    local,
     local_value_and_grad,
+    make_global_batch,
     make_pmap_train_step,
     make_train_step,
     mean_health,
@@ -89,7 +98,7 @@ from distlion_jax.train import (
     worker_mesh,
 )
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = [
     "TRANSPORTS",
     "AverageGradientsState",
@@ -105,6 +114,7 @@ __all__ = [
     "SynchronizeMomentumState",
     "VoteHealth",
     "WireCost",
+    "accumulate_gradients",
     "all_same",
     "average_gradients",
     "break_even",
@@ -117,7 +127,10 @@ __all__ = [
     "full_precision_cost",
     "init_state",
     "join",
+    "keep_finite",
+    "local",
     "local_value_and_grad",
+    "make_global_batch",
     "make_pmap_train_step",
     "make_train_step",
     "mean_health",

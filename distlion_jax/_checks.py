@@ -38,14 +38,8 @@ def check_axis_name(axis_name: AxisName | None) -> None:
 
 
 def check_params(tree: Any, mu_dtype: DTypeLike | None, b2: ArrayLike) -> None:
-    """Raises unless the tree has coordinates, all of them real, and their momentum can decay."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    if not any(jnp.size(x) for _, x in leaves):
-        raise ValueError(
-            f"`params` has nothing to vote on: {len(leaves)} leaves with 0 coordinates in all. "
-            "Pass the trainable parameters (a filter or mask may have removed them all)."
-        )
-    for path, x in leaves:
+    """Raises unless all parameters are real, and their momentum can decay."""
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
         name = f"`params{jax.tree_util.keystr(path)}`"
         dtype = jnp.result_type(x)
         if not jnp.issubdtype(dtype, jnp.floating):

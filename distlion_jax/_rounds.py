@@ -5,17 +5,52 @@ In:  what only the exchange knows: its initial state, and what it does in a roun
 Out: an Optax transformation whose extra arguments say who takes part.
 """
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax import Array
 from jax.typing import ArrayLike
 
 from distlion_jax import _checks as checks
+from distlion_jax._promotion import default_promotion
 from distlion_jax._rules import AxisName, Rules
 from distlion_jax._vote import turnout, wire
 from distlion_jax._vote.turnout import Round
+
+
+class Healthy(NamedTuple):
+    """Whether all that this worker has for the exchanges of some axes is finite.
+
+    Transformations that stand side by side, of some leaves each, then sit out together. An exchange
+    over other axes takes no notice: workers that share a vote may differ in it.
+    """
+
+    axes: tuple[str, ...]
+    fine: Array  # bool[]; differs by worker
+
+    def joins(self, axis_name: AxisName, participating: ArrayLike) -> ArrayLike:
+        """Whether the worker takes part in an exchange over the axes, if it was told to."""
+        if set(self.axes) != set(wire.axes(axis_name)):
+            return participating
+        return jnp.asarray(participating) & self.fine
+
+
+_heard: list[list[set[str]]] = []  # of those who listen: what each exchange was given
+
+
+@contextlib.contextmanager
+def listen() -> Iterator[list[set[str]]]:
+    """Notes, while tracing, the names of the extra arguments that every exchange received."""
+    _heard.append([])
+    try:
+        yield _heard[-1]
+    finally:
+        _heard.pop()
+
 
 InRound = Callable[[Round, optax.Updates, Any, optax.Params | None], tuple[optax.Updates, Any]]
 
@@ -36,17 +71,25 @@ def in_rounds(
     """
     checks.check_axis_name(axis_name)
 
+    @default_promotion
     def update_fn(
         updates: optax.Updates,
         state: Any,
         params: optax.Params | None = None,
         *,
-        participating: ArrayLike = True,
+        participating: ArrayLike | None = None,
         weight: ArrayLike | None = None,
+        healthy: Healthy | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         del extra_args
         n = wire.size(axis_name)
+        given = {"participating": participating, "weight": weight}
+        for names in _heard:
+            names.append({name for name, value in given.items() if value is not None})
+        participating = True if participating is None else participating
+        if healthy is not None:
+            participating = healthy.joins(axis_name, participating)
         checks.check_state(state.count)
         checks.check_local(updates, axis_name)
         if rules is not None:

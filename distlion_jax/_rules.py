@@ -18,6 +18,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any, Literal, ParamSpec, TypedDict, TypeVar, get_args
 
+import jax
 import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
@@ -75,6 +76,15 @@ def check_static(name: str, value: Any, allowed: str, top: int, least: int = 1) 
         ) from None
     if not least <= number <= top:
         raise ValueError(f"`{name}` must lie in [{least}, {top}]; got {number}.")
+
+
+def by_params(tree: Any) -> Callable[[Any], Any]:
+    """A tree, or a function of the parameters that returns one, as such a function.
+
+    A pytree that can be called, such as a model in Equinox, is a tree.
+    """
+    is_function = callable(tree) and jax.tree_util.all_leaves([tree])
+    return tree if is_function else lambda _: tree
 
 
 OPTIONS = """\

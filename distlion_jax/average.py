@@ -17,13 +17,16 @@ from distlion_jax import _checks as checks
 from distlion_jax._rounds import in_rounds
 from distlion_jax._rules import AxisName, Rules, check_fraction
 from distlion_jax._vote import wire
+from distlion_jax._vote.stamp import blank, mark
 from distlion_jax._vote.turnout import (
     MeanHealth,
     Round,
     all_finite,
     as_held,
+    blend,
     finite_mean,
     no_mean,
+    remember,
     sane,
     weighted_sum,
 )
@@ -103,12 +106,15 @@ def average_gradients(
             mean, health = finite_mean(g, axis_name, context.weight, wire_dtype)
             return mean, as_held(health, state.health, axis_name)
 
+        def own(g: Any) -> Any:
+            return jax.tree.map(lambda x: wire.vary(x, axis_name), g)
+
         def warm_up(g: Any) -> Any:
             (means, health), healthy = mean(g), all_finite(g)
-            return jax.tree.map(lambda x, y: jnp.where(healthy, x, y), means, g), health
+            return own(jax.tree.map(lambda x, y: jnp.where(healthy, x, y), means, g)), health
 
         def voting(g: Any) -> Any:
-            return g, no_mean(state.health)
+            return own(g), no_mean(state.health)
 
         if steps is None:
             out, health = mean(updates)
@@ -127,8 +133,13 @@ class ScaleByAveragedLionState(NamedTuple):
     count: Array  # int32[]; the same on all workers: rounds so far
     mu: optax.Updates  # the parameters' shapes, `mu_dtype`; differs by worker: never sent
     health: MeanHealth  # the last round's
+    stamp: Array  # int32[2]; differs by worker: index and number of workers, since its first round
     roles = Roles(
-        exchange=True, own=("mu",), shared=("count",), like_params=("mu",), shares_itself=True
+        exchange=True,
+        own=("mu", "stamp"),
+        shared=("count",),
+        like_params=("mu",),
+        shares_itself=True,
     )
 
 
@@ -164,26 +175,26 @@ def scale_by_averaged_lion(
     def init(params: optax.Params) -> Any:
         checks.check_params(params, mu_dtype, b2)
         mu = optax.tree.zeros_like(params, dtype=mu_dtype)
-        return ScaleByAveragedLionState(jnp.zeros([], jnp.int32), mu, no_mean())
+        return ScaleByAveragedLionState(jnp.zeros([], jnp.int32), mu, no_mean(), blank())
 
     def update(
         context: Round, updates: optax.Updates, state: Any, params: optax.Params | None
     ) -> tuple[optax.Updates, Any]:
         del params
         checks.check_momentum(updates, state.mu)
-        blend = jax.tree.map(lambda g, m: (1.0 - b1) * g + b1 * m, updates, state.mu)
-        context = context.only_if(all_finite(blend) & sane(b1, b2))
-        sums, _, health = weighted_sum(blend, context.weight, axis_name)
+        blends = jax.tree.map(lambda g, m: blend(g, m, b1), updates, state.mu)
+        context = context.only_if(all_finite(blends) & sane(b1, b2, state.mu))
+        sums, _, health = weighted_sum(blends, context.weight, axis_name)
         direction = jax.tree.map(lambda s, g: jnp.sign(s).astype(g.dtype), sums, updates)
 
-        def remember(g: Array, m: Array) -> Array:
-            new = ((1.0 - b2) * g + b2 * m).astype(m.dtype)
-            return jnp.where(context.takes_part, new, m)
+        def keep(g: Array, m: Array) -> Array:
+            return jnp.where(context.takes_part, remember(g, m, b2), m)
 
         return direction, ScaleByAveragedLionState(
             jnp.asarray(optax.safe_increment(state.count)),
-            jax.tree.map(remember, updates, state.mu),
+            jax.tree.map(keep, updates, state.mu),
             as_held(health, state.health, axis_name),
+            mark(state.stamp, context),
         )
 
     return in_rounds(init, update, axis_name, Rules(max_weight=max_weight))

@@ -15,21 +15,24 @@ import json
 import platform
 import socket
 import time
-from importlib.metadata import version
 from typing import Any
 
 import jax
+import jaxlib
 import numpy as np
+import optax
 from jax.experimental import multihost_utils
+
+from distlion_jax._version import VERSION
 
 _CARD = 1024  # bytes of a card, where it travels as an array
 
 
 def fingerprint(program: str = "") -> dict[str, str]:
     """What must be the same in all processes: versions, and what the caller adds."""
-    versions = {name: version(name) for name in ("distlion_jax", "jax", "jaxlib", "optax")}
+    versions = {module.__name__: module.__version__ for module in (jax, jaxlib, optax)}
     python = ".".join(platform.python_version_tuple()[:2])
-    return {**versions, "python": python, "program": program[:200]}
+    return {**versions, "distlion_jax": VERSION, "python": python, "program": program[:200]}
 
 
 def _judge(cards: dict[int, dict[str, Any]], n: int) -> str:

@@ -17,6 +17,7 @@ counters are declared here on its behalf.
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -95,7 +96,8 @@ def _roles_in_optax() -> dict[type, Roles]:
         "contrib.MomoState": "count",
         "contrib.MuonState": "count",
         "contrib.ProdigyState": "count",
-        "contrib.ReduceLROnPlateauState": "count",
+        "contrib.ReduceLROnPlateauState": "scale best_value plateau_count cooldown_count count "
+        "avg_value",
         "contrib.SAMState": "steps_since_sync",
         "contrib.ScaleByAdemamixState": "count count_m2",
         "contrib.ScaleBySimplifiedAdEMAMixState": "t",
@@ -162,13 +164,29 @@ def map_fields(f: Callable[[Any, str, Any], Any], node: Any, roles: Roles) -> An
     return node._replace(**new) if hasattr(node, "_replace") else dataclasses.replace(node, **new)
 
 
+def with_extra_args(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """The transformation as one that takes extra arguments, and is handed all that it can take.
+
+    Optax asks the type alone. It would drop them before an ``optax.MultiSteps``, whose ``update``
+    hands them on.
+    """
+    if not isinstance(tx, optax.GradientTransformationExtraArgs):
+        try:
+            kinds = [p.kind for p in inspect.signature(tx.update).parameters.values()]
+        except (TypeError, ValueError):  # no Python function
+            kinds = []
+        if inspect.Parameter.VAR_KEYWORD in kinds:
+            return optax.GradientTransformationExtraArgs(tx.init, tx.update)
+    return optax.with_extra_args_support(tx)
+
+
 def _wrap(
     tx: optax.GradientTransformation,
     kind: Callable[[Any], Any],
     check: Callable[[Any], None] = lambda inner: None,
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation with its state in a container that declares something."""
-    wrapped = optax.with_extra_args_support(tx)
+    wrapped = with_extra_args(tx)
 
     def init(params: Any) -> Any:
         inner = wrapped.init(params)

@@ -24,10 +24,11 @@ from distlion_jax._rules import (
     AxisName,
     Rules,
     VoteOptions,
+    by_params,
     check_fraction,
     takes_vote_options,
 )
-from distlion_jax._vote import ballot, transports, turnout, verdict, wire
+from distlion_jax._vote import ballot, stamp, transports, turnout, verdict, wire
 from distlion_jax._vote.ballot import Ballot
 from distlion_jax._vote.turnout import Round
 from distlion_jax._vote.verdict import Verdict, VoteHealth
@@ -46,9 +47,10 @@ class ScaleByDistributedLionState(NamedTuple):
     count: Array  # int32[]; the same on all workers: rounds so far, seeds the coins
     mu: optax.Updates  # the parameters' shapes, `mu_dtype`; differs by worker: never sent
     health: VoteHealth | None  # the last round's; None with health="off"
+    stamp: Array  # int32[2]; differs by worker: index and number of workers, since its first round
     roles = Roles(
         exchange=True,
-        own=("mu",),
+        own=("mu", "stamp"),
         shared=("count",),
         like_params=("mu",),
         in_place=("mu",),
@@ -71,7 +73,7 @@ def cast(
     voted = mine.weight > 0
 
     def remember(g: Array, m: Array) -> Array:
-        new = ((1.0 - b2) * g.reshape(m.shape) + b2 * m).astype(m.dtype)
+        new = turnout.remember(g.reshape(m.shape), m, b2)
         # `voted` waits for the whole ballot: nobody reads m after, and it is overwritten.
         return jnp.where(voted, new, m)
 
@@ -125,7 +127,7 @@ def scale_by_distributed_lion(
         checks.check_params(params, mu_dtype, b2)
         mu = optax.tree.zeros_like(params, dtype=mu_dtype)
         start = verdict.no_health(rules, len(jax.tree.leaves(params)))
-        return ScaleByDistributedLionState(jnp.zeros([], jnp.int32), mu, start)
+        return ScaleByDistributedLionState(jnp.zeros([], jnp.int32), mu, start, stamp.blank())
 
     def update(
         context: Round, updates: optax.Updates, state: Any, params: optax.Params | None
@@ -133,15 +135,22 @@ def scale_by_distributed_lion(
         del params
         checks.check_workers(context.workers, axis_name, rules)
         checks.check_momentum(updates, state.mu)
+        count, marked = (
+            jnp.asarray(optax.safe_increment(state.count)),
+            stamp.mark(state.stamp, context),
+        )
+        if not context.layout.size:  # nothing to vote on, as for a label that no leaf has
+            return updates, state._replace(count=count, stamp=marked)
         noise = 0.0 if rules.noise is None else rules.noise
-        context = context.only_if(turnout.sane(b1, b2, rules.dead_zone, noise))
+        context = context.only_if(turnout.sane(b1, b2, state.mu, rules.dead_zone, noise))
         mine, mu = cast(context, updates, state.mu, b1, b2)
         decided = transports.run_round(mine, context)
         health = verdict.health_of(decided, context, mine.weight > 0)
         return apply(context, decided, updates), ScaleByDistributedLionState(
-            jnp.asarray(optax.safe_increment(state.count)),
+            count,
             mu,
             jax.tree.map(lambda x: wire.vary(x, axis_name), health),  # as the state is stacked
+            marked,
         )
 
     return in_rounds(init, update, axis_name, rules)
@@ -241,6 +250,6 @@ def distributed_lion(
         scale_by_distributed_lion(
             b1, b2, mu_dtype, axis_name=axis_name, aggregation=aggregation, **options
         ),
-        optax.add_decayed_weights(weight_decay, mask),
+        optax.add_decayed_weights(weight_decay, None if mask is None else by_params(mask)),
         optax.scale_by_learning_rate(learning_rate),
     )

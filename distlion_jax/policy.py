@@ -21,7 +21,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 from distlion_jax import _checks as checks
 from distlion_jax import ledger
-from distlion_jax._rules import AxisName, VoteOptions, takes_vote_options
+from distlion_jax._rounds import Healthy
+from distlion_jax._rules import AxisName, VoteOptions, by_params, takes_vote_options
+from distlion_jax._vote import wire
 from distlion_jax._vote.turnout import FIGURES, all_finite
 from distlion_jax.average import scale_by_averaged_lion
 from distlion_jax.lion import scale_by_distributed_lion
@@ -33,8 +35,9 @@ LABELS: tuple[str, ...] = ("majority", "average", "full", "frozen")
 
 def _labels_of(labels: Any, params: Any) -> Any:
     """The label tree, spread over the parameters and checked."""
-    tree = labels(params) if callable(labels) else labels
-    tree = jax.tree.broadcast(tree, params)
+    tree = by_params(labels)(params)
+    if jax.tree.leaves(params):  # Optax's placeholder for parameters has no leaves, nor a shape
+        tree = jax.tree.broadcast(tree, params)
     for path, label in jax.tree_util.tree_leaves_with_path(tree):
         if label not in LABELS:
             raise ValueError(
@@ -42,6 +45,31 @@ def _labels_of(labels: Any, params: Any) -> Any:
                 f"{', '.join(map(repr, LABELS))}; got {label!r}."
             )
     return tree
+
+
+def _side_by_side(
+    parts: dict[str, optax.GradientTransformationExtraArgs],
+) -> optax.GradientTransformationExtraArgs:
+    """One after the other, each of leaves of its own, with the state of ``optax.partition``."""
+
+    def init(params: Any) -> Any:
+        return optax.transforms.PartitionState(
+            {name: tx.init(params) for name, tx in parts.items()}
+        )
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        if set(state.inner_states) != set(parts):
+            raise ValueError(
+                f"`labels` name the groups {sorted(parts)}, and the state has "
+                f"{sorted(state.inner_states)}: it was made for other labels. Begin a state anew, "
+                "tx.init or init_state, when a leaf changes its label."
+            )
+        new = {}
+        for name, tx in parts.items():
+            updates, new[name] = tx.update(updates, state.inner_states[name], params, **extra_args)
+        return updates, optax.transforms.PartitionState(new)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _zeros(g: Array) -> Array:
@@ -100,14 +128,24 @@ def distributed_lion_by_label(
         "frozen": optax.stateless(lambda g, _: jax.tree.map(_zeros, g)),
     }
 
+    known: list[str] = []
+
     def live(params: Any) -> Any:
         return jax.tree.map(lambda label: label != "frozen", _labels_of(labels, params))
 
     def groups(params: Any) -> optax.GradientTransformationExtraArgs:
-        """Only the groups that have leaves: a vote with nothing to vote on is an error."""
+        """The groups that have leaves, side by side, as ``optax.partition`` has them."""
         tree = _labels_of(labels, params)
-        used = {label: directions[label] for label in jax.tree.leaves(tree)}
-        return optax.with_extra_args_support(optax.partition(used, tree))
+        # optax.tree.map_params asks for the state of a placeholder, which no function can label:
+        # that has the groups of the parameters before it.
+        if used := sorted(set(jax.tree.leaves(tree))):
+            known[:] = used
+        parts = {}
+        for label in used or known:
+            chosen = jax.tree.map(lambda name, label=label: name == label, tree)
+            # As a function: Optax would call a tree that can be called, such as an Equinox model.
+            parts[label] = optax.masked(directions[label], by_params(chosen))
+        return _side_by_side(parts)
 
     def init_fn(params: optax.Params) -> Any:
         return groups(params).init(params)
@@ -116,16 +154,14 @@ def distributed_lion_by_label(
         updates: optax.Updates,
         state: Any,
         params: optax.Params | None = None,
-        *,
-        participating: ArrayLike = True,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         moving = jax.tree.map(lambda g, keep: g if keep else None, updates, live(updates))
-        take = jnp.asarray(participating) & all_finite(moving)
-        return groups(updates).update(updates, state, params, participating=take, **extra_args)
+        extra_args["healthy"] = Healthy(wire.axes(axis_name), all_finite(moving))
+        return groups(updates).update(updates, state, params, **extra_args)
 
     def decay_mask(params: Any) -> Any:
-        chosen = mask(params) if callable(mask) else (True if mask is None else mask)
+        chosen = True if mask is None else by_params(mask)(params)
         chosen = jax.tree.broadcast(chosen, params)
         return jax.tree.map(lambda a, b: a and b, chosen, live(params))
 

@@ -14,10 +14,11 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from distlion_jax import _checks as checks
+from distlion_jax._promotion import default_promotion
 from distlion_jax._rules import AxisName, check_static
 from distlion_jax._vote import wire
 from distlion_jax._vote.turnout import finite_mean
-from distlion_jax.exchanges import Roles
+from distlion_jax.exchanges import Roles, with_extra_args
 from distlion_jax.lion import ScaleByDistributedLionState
 
 __all__ = ["SynchronizeMomentumState", "synchronize_momentum"]
@@ -91,7 +92,7 @@ def synchronize_momentum(
     check_static("every", every, "int", MOST)
     checks.check_axis_name(axis_name)
     checks.check_wire_dtype(wire_dtype)
-    tx = optax.with_extra_args_support(tx)
+    tx = with_extra_args(tx)
 
     def init_fn(params: optax.Params) -> Any:
         inner = tx.init(params)
@@ -102,6 +103,7 @@ def synchronize_momentum(
             )
         return SynchronizeMomentumState(jnp.zeros([], jnp.int32), inner)
 
+    @default_promotion
     def average(mus: Any) -> Any:
         means = finite_mean(mus, axis_name, wire_dtype=wire_dtype)[0]
         return jax.tree.map(lambda m: wire.vary(m, axis_name), means)

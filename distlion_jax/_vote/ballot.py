@@ -24,7 +24,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from distlion_jax._vote import coins, noise, words
+from distlion_jax._vote import coins, noise, turnout, words
 from distlion_jax._vote.turnout import Round
 
 
@@ -43,7 +43,7 @@ def _code(b1: ArrayLike, threshold: ArrayLike) -> Callable[..., Array]:
     """
 
     def code(g: Array, m: Array, noise: Array | None = None) -> Array:
-        blend = (1.0 - b1) * g + b1 * m  # Optax's order of operations, so that n = 1 is its Lion
+        blend = turnout.blend(g, m, b1)
         positive = blend > threshold
         opinion = positive | (blend < jnp.negative(threshold))  # a NaN has none
         if noise is not None:

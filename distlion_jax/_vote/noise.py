@@ -15,7 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from distlion_jax._vote import coins, wire
-from distlion_jax._vote.turnout import Round, all_finite
+from distlion_jax._vote.turnout import Round, all_finite, blend
 
 _NOT_THE_COINS = np.uint32(0x80000000)  # bit 31 of a stream: numbers independent of the coins
 
@@ -24,9 +24,7 @@ def _amplitudes(
     context: Round, gradients: Sequence[Array], mu: Sequence[Array], b1: ArrayLike
 ) -> Array:
     """``float32[leaves]``: noise times the root mean square of a leaf's blends over all workers."""
-    blends = [
-        ((1.0 - b1) * g + b1 * m).astype(jnp.float32) for g, m in zip(gradients, mu, strict=True)
-    ]
+    blends = [blend(g, m, b1).astype(jnp.float32) for g, m in zip(gradients, mu, strict=True)]
     squares = jnp.stack([jnp.sum(c * c) for c in blends])
     context = context.only_if(all_finite(squares))
     mine = jnp.where(context.takes_part, jnp.append(squares, 1.0), 0.0)

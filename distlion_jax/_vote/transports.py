@@ -190,6 +190,8 @@ BY_NAME: dict[str, Transport] = {
 def cost(layout: Layout, n: int, rules: Rules) -> WireCost:
     """Cost of one round of n workers; ``auto`` is resolved to the transport with fewest bytes."""
     rules = rules.for_workers(n)
+    if not layout.size:
+        return WireCost("none", 0, ())
     names = ("all_gather", "two_phase") if rules.transport == "auto" else (rules.transport,)
     # The root mean squares that noise is measured by, and of how many workers they are.
     scales = Collective("all-reduce", "f32", len(layout.leaves) + 1, n)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
+from distlion_jax._promotion import default_promotion
 from distlion_jax._rules import AxisName, Rules, concrete_value
 from distlion_jax._vote import coins, wire
 from distlion_jax._vote.words import Layout
@@ -119,13 +120,32 @@ def say(rules: Rules, participating: ArrayLike, weight: ArrayLike | None) -> Arr
     return jnp.where(jnp.asarray(participating) & valid, weight, 0).astype(jnp.int32)
 
 
-def sane(b1: ArrayLike, b2: ArrayLike, *from_zero: ArrayLike) -> Array:
-    """``bool[]``: whether numbers that were traced when they were checked are in range."""
+def sane(b1: ArrayLike, b2: ArrayLike, mu: Any, *from_zero: ArrayLike) -> Array:
+    """``bool[]``: whether numbers that were traced when they were checked are in range.
+
+    ``b2`` must be below 1 in the dtypes of the momentum ``mu`` too, or it would never decay.
+    """
     b1, b2 = jnp.asarray(b1), jnp.asarray(b2)
     inside = (b1 >= 0) & (b1 < 1) & (b2 >= 0) & (b2 < 1)
+    for dtype in {jnp.dtype(m.dtype) for m in jax.tree.leaves(mu)}:
+        inside &= b2.astype(dtype) < 1
     for x in map(jnp.asarray, from_zero):
         inside &= (x >= 0) & (x < jnp.inf)
     return inside
+
+
+def remember(g: Array, m: Array, b2: ArrayLike) -> Array:
+    """``b2 m + (1 - b2) g`` in the momentum's dtype, in Optax's order of operations.
+
+    The momentum is multiplied in its own dtype, by ``b2`` rounded to it. Multiplied in float32 by
+    a b2 of 0.998, a bfloat16 number would round back to itself, and never decay.
+    """
+    return ((1.0 - b2) * g + jnp.asarray(b2).astype(m.dtype) * m).astype(m.dtype)
+
+
+def blend(g: Array, m: Array, b1: ArrayLike) -> Array:
+    """``b1 m + (1 - b1) g``: what a worker's sign is of, in Optax's order of operations."""
+    return (1.0 - b1) * g + b1 * m
 
 
 def all_finite(tree: Any) -> Array:
@@ -198,6 +218,7 @@ def weighted_sum(
     return sums, whole, MeanHealth(weight > 0, workers.astype(jnp.int32))
 
 
+@default_promotion
 def finite_mean(
     tree: Any,
     axis: AxisName,

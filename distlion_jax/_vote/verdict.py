@@ -81,7 +81,8 @@ def no_health(rules: Rules, leaves: int) -> VoteHealth | None:
     if rules.health == "off":
         return None
     zero = jnp.zeros([], jnp.float32)
-    figures = zero if rules.health == "total" else [zero] * leaves
+    # Optax's placeholder for parameters has no leaves: one scalar then stands for the whole list.
+    figures = [zero] * leaves if rules.health == "leaf" and leaves else zero
     return VoteHealth(jnp.ones([], jnp.bool_), jnp.zeros([], jnp.int32), figures, figures)
 
 

@@ -75,11 +75,21 @@ def vary(x: Array, axis_name: AxisName) -> Array:
     return getattr(lax, "pvary")(x, missing)  # noqa: B009 (jax < 0.9)
 
 
+def vary_tree(tree: Any, axis_name: AxisName) -> Any:
+    """Marks every array in the tree as differing by worker."""
+    return jax.tree.map(lambda x: vary(x, axis_name), tree)
+
+
 def vary_as(x: Array, like: Array) -> Array:
     """Marks ``x`` as differing over the axes that ``like`` differs over."""
     for name in sorted(varying_axes(like)):
         x = vary(x, name)
     return x
+
+
+def zeros_as(shape: Any) -> Array:
+    """Zeros of the shape, dtype and replication of an array, or of its shape."""
+    return vary_as(jnp.zeros(shape.shape, shape.dtype), shape)
 
 
 def unvarying(named: Iterable[tuple[str, Any]], axis_name: AxisName) -> list[str]:
@@ -143,6 +153,31 @@ def from_first(tree: Any, axis_name: AxisName) -> Any:
     mine = jax.tree.map(lambda x: jnp.where(first, x, jnp.zeros_like(x)), tree)
     sums = lax.psum(jax.tree.map(lambda x: vary(x, axis_name), mine), axis_name)
     return jax.tree.map(lambda x, like: x.astype(like.dtype), sums, tree)
+
+
+def copies_of_first(tree: Any, axis_name: AxisName) -> Any:
+    """Worker 0's arrays, on all workers, bit for bit: an all-reduce of their bits.
+
+    Not of the numbers, because ``-0.0 + 0.0`` is ``0.0``.
+    """
+    first = worker(axis_name) == 0
+
+    def one(x: Any) -> Array:
+        x = jnp.asarray(x)
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(
+                one(jax.random.key_data(x)), impl=jax.random.key_impl(x)
+            )
+        if jnp.iscomplexobj(x):
+            return lax.complex(one(x.real), one(x.imag))
+        if x.dtype == jnp.bool_:
+            return one(x.astype(jnp.uint8)).astype(jnp.bool_)
+        unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+        bits = lax.bitcast_convert_type(x, unsigned)
+        sums = lax.psum(jnp.where(first, bits, jnp.zeros_like(bits)), axis_name)
+        return lax.bitcast_convert_type(sums, x.dtype)
+
+    return jax.tree.map(one, tree)
 
 
 def worker(axis_name: AxisName) -> Array:

@@ -24,6 +24,7 @@ from distlion_jax import _checks as checks
 from distlion_jax._rounds import in_rounds
 from distlion_jax._rules import AxisName
 from distlion_jax._vote import frames, wire
+from distlion_jax._vote.stamp import blank, mark
 from distlion_jax._vote.turnout import MeanHealth, Round, all_finite, as_held, finite_norm, no_mean
 from distlion_jax._vote.words import Layout
 from distlion_jax.exchanges import Roles
@@ -74,7 +75,8 @@ class Compressor(abc.ABC):
           n: number of workers.
         """
         layout = layout_of(params)
-        return WireCost(self.transport, layout.size, self.collectives(layout, n))
+        moved = self.collectives(layout, n) if layout.size else ()
+        return WireCost(self.transport, layout.size, moved)
 
 
 class Gathered(Compressor):
@@ -132,9 +134,10 @@ class CompressedAverageState(NamedTuple):
     error: Any  # float32, the parameters' shapes; differs by worker: what was not sent yet
     memory: Any  # the compressor's own; the same on all workers
     health: MeanHealth  # the last round's
+    stamp: Array  # int32[2]; differs by worker: index and number of workers, since its first round
     roles = Roles(
         exchange=True,
-        own=("error",),
+        own=("error", "stamp"),
         shared=("count", "memory"),
         like_params=("error",),
         shares_itself=True,
@@ -190,8 +193,11 @@ def compressed_average(
     def init(params: optax.Params) -> Any:
         checks.check_params(params, jnp.float32, 0.0)
         error = optax.tree.zeros_like(params, dtype=jnp.float32) if compressor.feedback else ()
-        memory = compressor.init(jax.tree.leaves(params))
-        return CompressedAverageState(jnp.zeros([], jnp.int32), error, memory, no_mean())
+        leaves = jax.tree.leaves(params)
+        # Optax's placeholder for parameters has no leaves: one scalar then stands for all of it.
+        memory = compressor.init(leaves) if leaves else jnp.zeros([])
+        count = jnp.zeros([], jnp.int32)
+        return CompressedAverageState(count, error, memory, no_mean(), blank())
 
     def update(
         context: Round, updates: optax.Updates, state: Any, params: optax.Params | None
@@ -207,6 +213,9 @@ def compressed_average(
         if compressor.feedback:
             checks.check_momentum(updates, state.error)
             wanted = jax.tree.map(jnp.add, wanted, state.error)
+        count, marked = jnp.asarray(optax.safe_increment(state.count)), mark(state.stamp, context)
+        if not context.layout.size:  # nothing to send, as for a label that no leaf has
+            return updates, state._replace(count=count, stamp=marked)
         context = context.only_if(finite_norm(wanted))
         leaves, treedef = jax.tree.flatten(wanted)
         out = compressor.mean(leaves, state.memory, context)
@@ -215,10 +224,11 @@ def compressed_average(
             rest = jax.tree.map(jnp.subtract, wanted, treedef.unflatten(out.sent))
             error = keep_unless_absent(context, rest, error)
         return as_updates(out.mean, updates), CompressedAverageState(
-            jnp.asarray(optax.safe_increment(state.count)),
+            count,
             error,
             jax.tree.map(lambda x: wire.vary(x, axis_name), out.memory),  # as the state is stacked
             as_held(MeanHealth(context.takes_part, out.workers), state.health, axis_name),
+            marked,
         )
 
     return in_rounds(init, update, axis_name, None)

@@ -16,6 +16,7 @@ from distlion_jax._rounds import in_rounds
 from distlion_jax._rules import AxisName, check_fraction, concrete_value
 from distlion_jax._vote import wire
 from distlion_jax._vote.frames import to_floats, to_words
+from distlion_jax._vote.stamp import blank, mark
 from distlion_jax._vote.turnout import MeanHealth, Round, as_held, finite_norm, no_mean
 from distlion_jax._vote.words import Layout
 from distlion_jax.baselines.compress import (
@@ -105,9 +106,10 @@ class DeepGradientCompressionState(NamedTuple):
     momentum: Any  # float32, the parameters' shapes; differs by worker
     accumulated: Any  # float32, likewise: what was not sent yet
     health: MeanHealth  # the last round's
+    stamp: Array  # int32[2]; differs by worker: index and number of workers, since its first round
     roles = Roles(
         exchange=True,
-        own=("momentum", "accumulated"),
+        own=("momentum", "accumulated", "stamp"),
         shared=("count",),
         like_params=("momentum", "accumulated"),
         shares_itself=True,
@@ -170,7 +172,8 @@ def deep_gradient_compression(
         checks.check_params(params, jnp.float32, 0.0)
         # Two trees and not one twice: buffers that are donated must differ.
         u, v = (optax.tree.zeros_like(params, dtype=jnp.float32) for _ in range(2))
-        return DeepGradientCompressionState(jnp.zeros([], jnp.int32), u, v, no_mean())
+        count = jnp.zeros([], jnp.int32)
+        return DeepGradientCompressionState(count, u, v, no_mean(), blank())
 
     def clipped(g: Any) -> Any:
         if clip_norm is None:
@@ -186,6 +189,9 @@ def deep_gradient_compression(
     ) -> tuple[optax.Updates, Any]:
         del params
         checks.check_momentum(updates, state.momentum)
+        count, marked = jnp.asarray(optax.safe_increment(state.count)), mark(state.stamp, context)
+        if not context.layout.size:  # nothing to send, as for a label that no leaf has
+            return updates, state._replace(count=count, stamp=marked)
         g = clipped(jax.tree.map(lambda g: g.astype(jnp.float32), updates))
         u = jax.tree.map(lambda u, g: momentum * u + g, state.momentum, g)
         v = jax.tree.map(jnp.add, state.accumulated, u)
@@ -201,10 +207,11 @@ def deep_gradient_compression(
         sent = treedef.unflatten(out.sent)
         rest = lambda tree: jax.tree.map(lambda x, s: jnp.where(s == 0, x, 0), tree, sent)  # noqa: E731
         return as_updates(out.mean, updates), DeepGradientCompressionState(
-            jnp.asarray(optax.safe_increment(state.count)),
+            count,
             keep_unless_absent(context, rest(u), state.momentum),
             keep_unless_absent(context, rest(v), state.accumulated),
             as_held(MeanHealth(context.takes_part, out.workers), state.health, axis_name),
+            marked,
         )
 
     return in_rounds(init, update, axis_name, None)

@@ -7,7 +7,13 @@ Nothing here knows an optimizer: a state class declares what a step must know of
 
 from distlion_jax.exchanges import ReplicatedState, replicated
 from distlion_jax.train._audit import all_same, replicas_agree
-from distlion_jax.train._mesh import local_value_and_grad, replicate, worker_mesh
+from distlion_jax.train._mesh import (
+    local,
+    local_value_and_grad,
+    make_global_batch,
+    replicate,
+    worker_mesh,
+)
 from distlion_jax.train._metrics import Metrics, mean_health, vote_health
 from distlion_jax.train._placement import state_specs
 from distlion_jax.train._pmap import make_pmap_train_step, pmap_replicate
@@ -19,7 +25,9 @@ __all__ = [
     "ReplicatedState",
     "all_same",
     "init_state",
+    "local",
     "local_value_and_grad",
+    "make_global_batch",
     "make_pmap_train_step",
     "make_train_step",
     "mean_health",

@@ -19,16 +19,20 @@ from jax.core import Tracer
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from distlion_jax._promotion import default_promotion
 from distlion_jax._rules import AxisName
 from distlion_jax._vote import wire
 from distlion_jax._vote.coins import mix
 
 
+@default_promotion
 def checksum(tree: Any) -> Array:
     """``uint32[]``: a hash of every bit of a tree, its order included."""
     total = jnp.uint32(0)
     for x in jax.tree.leaves(tree):
         x = jnp.asarray(x)
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x = jax.random.key_data(x)
         if x.dtype == jnp.bool_:
             x = x.astype(jnp.uint8)
         if jnp.iscomplexobj(x):
@@ -42,6 +46,7 @@ def checksum(tree: Any) -> Array:
     return total
 
 
+@default_promotion
 def all_same(tree: Any, axis_name: AxisName) -> Array:
     """``bool[]``, inside a mapped function: whether the tree has the same bits on all workers.
 
@@ -84,11 +89,12 @@ def replicas_agree(tree: Any, mesh: Mesh) -> bool:
                 f"`tree{jax.tree_util.keystr(path)}` is not replicated over devices (its sharding "
                 f"is {sharding}): there are no replicas of it to compare."
             )
-    return everywhere(_comparison(mesh)(tree))
+    return everywhere(comparison(mesh)(tree))
 
 
 @functools.cache
-def _comparison(mesh: Mesh) -> Callable[[Any], Array]:
+def comparison(mesh: Mesh) -> Callable[[Any], Array]:
+    """Of replicated arrays: ``bool[devices]``, whether all devices hold the same bits."""
     names = mesh.axis_names
     return jax.jit(
         jax.shard_map(
@@ -137,7 +143,8 @@ def check_on_schedule(agree: Callable[[Any], bool]) -> Callable[[Any, bool], Non
             f"`params{next(differing)}` differs by worker after call {calls} of this step: it "
             "differed from the start, or what `tx` does to it, or in some steps, is each worker's "
             "own (as an ordinary optimizer on local gradients, what optax.masked passes on, or a "
-            "vote over some of the axes only). Begin with one set for all, and let every leaf be "
+            "vote over some of the axes only), or processes run with options that differ, such as "
+            "the learning rate. Begin with one set for all, and let every leaf be "
             "voted on, averaged or frozen: distributed_lion, distributed_lion_by_label, "
             "average_gradients before another optimizer, or make_train_step with gradients='mean'."
         )

@@ -9,9 +9,11 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.core import Tracer
 
-from distlion_jax.exchanges import exchanges
+from distlion_jax._vote import wire
+from distlion_jax.exchanges import exchanges, roles_of
 
 
 def check_averaged(state: Any) -> None:
@@ -23,8 +25,11 @@ def check_averaged(state: Any) -> None:
         )
 
 
-def check_batch(batch: Any, n: int) -> None:
-    """Raises unless every leaf has as many rows as the first, and n workers can share them."""
+def check_batch(batch: Any, n: int, parts: int = 1) -> None:
+    """Raises unless every leaf has as many rows as the first, which n workers can share.
+
+    Each of them takes its rows in so many parts of equal size.
+    """
     first = None
     for path, x in jax.tree_util.tree_leaves_with_path(batch):
         rows = np.shape(x)[0] if np.ndim(x) else 0
@@ -34,24 +39,133 @@ def check_batch(batch: Any, n: int) -> None:
                 f"`batch{jax.tree_util.keystr(path)}` has {rows} rows, the leaves before it "
                 f"{first}: they are not of the same examples."
             )
-        if rows == 0 or rows % n:
+        if rows == 0 or rows % (n * parts):
+            shares = f"{n} workers" + (f" in {parts} micro-batches" if parts > 1 else "")
             raise ValueError(
-                f"`batch{jax.tree_util.keystr(path)}` has {rows} rows, which {n} workers cannot "
-                f"share equally. Use a multiple of {n}, or drop the remainder of the data."
+                f"`batch{jax.tree_util.keystr(path)}` has {rows} rows, which {shares} cannot "
+                f"share equally. Use a multiple of {n * parts}, or drop the remainder of the data."
             )
 
 
-def check_step(batch: Any, state: Any, extra: dict[str, Any], n: int, shards: int) -> None:
-    """Raises unless batch, per-worker state and extra arguments fit the number of workers."""
-    check_batch(batch, shards)
-    for kind, tree in (("state", state), ("extra", extra)):
+def check_global(batch: Any, several: bool) -> None:
+    """Raises for rows of one process where a batch of all processes is meant."""
+    if not several:
+        return
+    for path, x in jax.tree_util.tree_leaves_with_path(batch):
+        concrete = isinstance(x, np.ndarray | jax.Array) and not isinstance(x, Tracer)
+        if concrete and getattr(x, "is_fully_addressable", True):
+            raise ValueError(
+                f"`batch{jax.tree_util.keystr(path)}` is an array of this process alone, and the "
+                f"step is of {jax.process_count()} processes: half of the rows, or more, would be "
+                "dropped. Each process passes the rows that it has loaded through "
+                "distlion_jax.make_global_batch(rows, mesh), which makes one array of all."
+            )
+
+
+def check_by_worker(name: str, tree: Any, n: int, cure: str) -> None:
+    """Raises unless every leaf has a leading axis of the workers."""
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        if np.shape(x)[:1] != (n,):
+            raise ValueError(
+                f"`{name}{jax.tree_util.keystr(path)}` has shape {np.shape(x)}; a leading axis "
+                f"of {n}, one entry a worker, was expected. {cure}"
+            )
+
+
+def check_places(params: Any, state: Any, batch: Any) -> None:
+    """Raises for arguments that were swapped, as far as a state can be told from the others."""
+    for name, tree in (("params", params), ("batch", batch)):
+        if exchanges(tree):
+            raise ValueError(
+                f"`{name}` holds a transformation's state: arguments are swapped. The order is "
+                "step(params, state, batch), or step(params, model_state, state, batch) with "
+                "has_model_state=True."
+            )
+
+
+def check_alive(**trees: Any) -> None:
+    """Raises for an array whose buffer was given away; JAX's own check can be too late."""
+    for name, tree in trees.items():
         for path, x in jax.tree_util.tree_leaves_with_path(tree):
-            if np.shape(x)[:1] != (n,):
+            if isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.is_deleted():
                 raise ValueError(
-                    f"`{kind}{jax.tree_util.keystr(path)}` has shape {np.shape(x)}; a leading axis "
-                    f"of {n}, one entry a worker, was expected. Make states with init_state for "
-                    "this mesh."
+                    f"`{name}{jax.tree_util.keystr(path)}` was donated to an earlier step, and its "
+                    "buffer is gone. Go on with what that step returned; or make the step with "
+                    "donate=False, which keeps its arguments."
                 )
+
+
+def check_unconditional(state: Any) -> None:
+    """Raises for an exchange that each worker would hold, or not, by its own numbers.
+
+    Those who wait for one that does not come wait for ever.
+    """
+    for node in jax.tree.leaves(state, is_leaf=_decides_alone):
+        if isinstance(node, optax.ApplyIfFiniteState) and exchanges(node.inner_state):
+            name, inner = "optax.apply_if_finite", node.inner_state
+        elif isinstance(node, optax.MultiStepsState) and jax.tree.leaves(node.skip_state):
+            name, inner = "the should_skip_update_fn of optax.MultiSteps", node.inner_opt_state
+        else:
+            inner = node.inner_opt_state if isinstance(node, optax.MultiStepsState) else None
+            if inner is not None:
+                check_unconditional(inner)
+            continue
+        if exchanges(inner):
+            raise ValueError(
+                f"`tx` holds a vote or an average inside {name}, which lets each worker decide by "
+                "its own numbers whether to hold it: the others would wait for ever. Leave it out: "
+                "a worker with numbers that are not finite sits the round out by itself."
+            )
+
+
+def _decides_alone(node: Any) -> bool:
+    return isinstance(node, optax.ApplyIfFiniteState | optax.MultiStepsState)
+
+
+def stands_side_by_side(state: Any) -> bool:
+    """Whether exchanges of some leaves each stand side by side, as in ``optax.partition``."""
+    kinds = (optax.transforms.PartitionState,)
+    groups = [
+        group
+        for node in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kinds))
+        if isinstance(node, kinds)
+        for group in node.inner_states.values()
+    ]
+    return sum(bool(exchanges(group)) for group in groups) > 1 or any(
+        stands_side_by_side(group) for group in groups
+    )
+
+
+def check_differ(axes: tuple[str, ...], state: Any, params: Any) -> None:
+    """Raises, under JAX's check, for parameters that JAX knows to differ by worker after a step."""
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        if not wire.varying_axes(x).isdisjoint(axes):
+            keeping = _undeclared(state)
+            kept = f" {', '.join(keeping)} keep arrays: wrap them." if keeping else ""
+            raise ValueError(
+                f"`params{jax.tree_util.keystr(path)}` would differ by worker after this step, as "
+                "far as JAX can see. A leaf that is masked, frozen by optax.set_to_zero, or passed "
+                "on as it is, keeps the worker's own gradient: freeze it with "
+                'distributed_lion_by_label ("frozen"), or with optax.freeze after a vote on all '
+                "leaves. What follows a vote and keeps arrays belongs in "
+                f"distlion_jax.replicated(...).{kept} An ordinary optimizer needs "
+                "gradients='mean', or average_gradients before it. With check_vma=False the step "
+                "compares the replicas' bits instead."
+            )
+
+
+def _undeclared(state: Any) -> list[str]:
+    """Names of the states that keep arrays, and say of none that it is the same on all workers."""
+    is_node = lambda x: roles_of(x) is not None or hasattr(x, "_fields")  # noqa: E731
+    found = []
+    for node in jax.tree.leaves(state, is_leaf=is_node):
+        if roles_of(node) is None and hasattr(node, "_fields"):
+            inside = [x for x in node if any(map(is_node, jax.tree.leaves(x, is_leaf=is_node)))]
+            if inside:
+                found += _undeclared(tuple(inside))
+            elif jax.tree.leaves(node):
+                found.append(type(node).__name__)
+    return sorted(set(found))
 
 
 def is_traced(tree: Any) -> bool:

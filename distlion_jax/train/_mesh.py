@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mesh, copies of the parameters on it, and gradients that are truly a worker's own."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from distlion_jax._rules import AxisName
 from distlion_jax._vote import wire
+from distlion_jax.train._processes import spans_processes
 
 
 def worker_mesh(
@@ -66,19 +69,97 @@ def local_value_and_grad(
     """
     value_and_grad = jax.value_and_grad(fun, has_aux=has_aux)
 
-    def local(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        params = jax.tree.map(lambda x: wire.vary(x, axis_name), params)
-        return value_and_grad(params, *args, **kwargs)
+    def own(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        return value_and_grad(local(params, axis_name), *args, **kwargs)
 
-    return local
+    return own
+
+
+def local(params: Any, axis_name: AxisName = "data") -> Any:
+    """Parameters whose gradients are this worker's own, inside a mapped function.
+
+    :func:`local_value_and_grad` for libraries that differentiate in their own way, such as
+    ``nnx.value_and_grad`` and ``eqx.filter_value_and_grad``: mark the parameters first, then
+    differentiate with respect to what this returns. No data moves. Under pmap, vmap and
+    ``check_vma=False`` it changes nothing.
+
+    Args:
+      params: a tree of arrays; what is no array is left as it is.
+      axis_name: the axis, or axes, that gradients must not be summed over.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> def worker(a):
+      ...     return jax.grad(lambda x: a * x)(local(jnp.float32(1.0)))
+      >>> print(jax.vmap(worker, axis_name="data")(jnp.array([1.0, 2.0])))
+      [1. 2.]
+    """
+    is_array = lambda x: isinstance(x, jax.Array | np.ndarray)  # noqa: E731
+    return jax.tree.map(lambda x: wire.vary(x, axis_name) if is_array(x) else x, params)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """A copy of the tree on every device of the mesh (parameters; safe to donate).
 
+    In several processes all of them call it, and all receive process 0's numbers (more exactly:
+    those of the mesh's first device).
+
+    Args:
+      tree: arrays, NumPy arrays or numbers.
+      mesh: the mesh.
+
     Examples:
       >>> replicate({"w": jnp.zeros(3)}, worker_mesh(8))["w"].is_fully_replicated
       True
     """
-    copy = jax.jit(lambda t: jax.tree.map(jnp.copy, t), out_shardings=NamedSharding(mesh, P()))
-    return copy(tree)
+    return _copies(mesh)(tree)
+
+
+@functools.cache
+def _copies(mesh: Mesh) -> Callable[[Any], Any]:
+    def copy(tree: Any) -> Any:
+        return jax.tree.map(jnp.copy, tree)
+
+    if spans_processes(mesh.devices.flat):
+        first = lambda tree: wire.copies_of_first(tree, mesh.axis_names)  # noqa: E731
+        copy = jax.shard_map(first, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    return jax.jit(copy, out_shardings=NamedSharding(mesh, P()))
+
+
+def make_global_batch(rows: Any, mesh: Mesh, axis_name: AxisName = "data") -> Any:
+    """One batch of the rows that every process has loaded, split over the workers.
+
+    A thin layer over ``jax.make_array_from_process_local_data``. In one process it places the rows
+    on the mesh.
+
+    Args:
+      rows: a tree of arrays, this process's own; leading axes alike, and the same in all processes.
+      mesh: the mesh.
+      axis_name: the axis, or axes, that the batch is split over: those that vote, then those that
+        average inside a node.
+
+    Returns:
+      Global arrays. Their leading axis is that of all processes together, in the order of the
+      processes along the mesh.
+
+    Raises:
+      ValueError: for rows that this process's devices cannot share equally.
+
+    Examples:
+      >>> import numpy as np
+      >>> make_global_batch({"x": np.ones((16, 3))}, worker_mesh(8))["x"].sharding.spec
+      PartitionSpec('data',)
+    """
+    sharding = NamedSharding(mesh, P(axis_name))
+    mine = sum(d.process_index == jax.process_index() for d in mesh.devices.flat)
+    for path, x in jax.tree_util.tree_leaves_with_path(rows):
+        count = np.shape(x)[0] if np.ndim(x) else 0
+        if not mine or not count or count % mine:
+            raise ValueError(
+                f"`rows{jax.tree_util.keystr(path)}` has {count} rows, which the {mine} devices of "
+                "this process in the mesh cannot share equally. Each process passes the same "
+                f"number of rows, a multiple of {mine}."
+            )
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), rows
+    )

@@ -11,13 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import PartitionSpec as P
 
+from distlion_jax._promotion import default_promotion
 from distlion_jax._vote import wire
 from distlion_jax._vote.turnout import MeanHealth
 from distlion_jax._vote.verdict import VoteHealth
 from distlion_jax.exchanges import exchanges
-from distlion_jax.train._placement import Placement
 
 
 class Metrics(NamedTuple):
@@ -31,6 +30,9 @@ class Metrics(NamedTuple):
     # Of every average, and the step's own; `counted` is bool[n]. Of an average over an inner axis
     # in `tx`, `workers` is the first node's.
     means: tuple[MeanHealth, ...] = ()
+    # float32[]: share of the coordinates in 16 bits or fewer whose update was lost to rounding;
+    # None where all parameters are wider
+    unmoved: Array | None = None
 
 
 def _healths(state: Any, kind: type) -> list[Any]:
@@ -76,13 +78,21 @@ def took_part(before: Any, after: Any) -> Array:
     return entered
 
 
+@default_promotion
 def average(
-    loss: Array, aux: Any, state: Any, own: MeanHealth | None, entered: Array, axes: tuple[str, ...]
+    loss: Array,
+    aux: Any,
+    state: Any,
+    own: MeanHealth | None,
+    entered: Array,
+    axes: tuple[str, ...],
+    vote_axes: tuple[str, ...],
 ) -> Metrics:
     """Averages loss and aux over those who entered, in one all-reduce.
 
     The same all-reduce carries worker 0's health figures, which are everybody's: JAX's check must
-    see that they are replicated. ``own`` is the health of the step's own mean, if it makes one.
+    see that they are replicated. It carries a flag of each worker too, so that every process can
+    read who took part. ``own`` is the health of the step's own mean, if it makes one.
     """
     zeroed = lambda keep, tree: jax.tree.map(  # noqa: E731
         lambda x: jnp.where(keep, jnp.asarray(x, jnp.float32), 0.0), tree
@@ -91,35 +101,31 @@ def average(
     first = wire.worker(axes) == 0
     shared = [h[1:] for h in (*votes, *means)]
     counted = [zeroed(own.counted, 1.0)] if own else []  # of all axes, the step's mean is of some
-    figures = zeroed(entered, (loss, aux, 1.0)), zeroed(first, shared), counted
+
+    def flag(mine: Array, over: tuple[str, ...]) -> Array:
+        """``float32[n]``: this worker's flag at its index."""
+        at = jnp.arange(wire.size(over)) == wire.worker(over)
+        return zeroed(at & mine, jnp.ones(at.shape))
+
+    flags = [flag(h[0], vote_axes) for h in (*votes, *means)]
+    flags += [flag(own.counted, axes)] if own else []
+    figures = zeroed(entered, (loss, aux, 1.0)), zeroed(first, shared), counted, flags
     flat, treedef = jax.tree.flatten(figures)
     sizes = np.cumsum([x.size for x in flat])[:-1]
     total = wire.total(jnp.concatenate([x.reshape(-1) for x in flat]), axes)
     parts = [y.reshape(x.shape) for x, y in zip(flat, jnp.split(total, sizes), strict=True)]
-    (loss, aux, count), shared, counted = treedef.unflatten(parts)
+    (loss, aux, count), shared, counted, flags = treedef.unflatten(parts)
+    took = iter([x > 0 for x in flags])
     loss, aux = jax.tree.map(lambda x: x / count, (loss, aux))
     return Metrics(
         loss,
         aux,
         tuple(
-            VoteHealth(h.voted[None], voters.astype(jnp.int32), tied, margin)
-            for h, (voters, tied, margin) in zip(votes, shared[: len(votes)], strict=True)
+            VoteHealth(next(took), voters.astype(jnp.int32), tied, margin)
+            for voters, tied, margin in shared[: len(votes)]
         ),
         tuple(
-            MeanHealth(h.counted[None], workers.astype(jnp.int32))
-            for h, workers in zip(
-                (*means, *([own] if own else ())),
-                (*(workers for (workers,) in shared[len(votes) :]), *counted),
-                strict=True,
-            )
+            MeanHealth(next(took), workers.astype(jnp.int32))
+            for workers in (*(workers for (workers,) in shared[len(votes) :]), *counted)
         ),
     )
-
-
-def specs(state: Any, place: Placement, own: bool) -> Any:
-    """``PartitionSpec`` of a step's metrics: who took part is by worker, all else replicated."""
-    vote = VoteHealth(place.by_worker, P(), P(), P())  # type: ignore[arg-type]
-    mean = MeanHealth(place.by_worker, P())  # type: ignore[arg-type]
-    mine = (MeanHealth(place.batch, P()),) if own else ()  # type: ignore[arg-type]
-    votes, means = len(vote_health(state)), len(mean_health(state))
-    return Metrics(P(), P(), (vote,) * votes, (mean,) * means + mine)  # type: ignore[arg-type]

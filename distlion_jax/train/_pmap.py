@@ -5,13 +5,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import optax
 
-from distlion_jax.exchanges import exchanges
+from distlion_jax._rules import check_static
+from distlion_jax._vote import wire
 from distlion_jax.train import _audit as audit
-from distlion_jax.train._checks import check_declared, check_step, is_traced
-from distlion_jax.train._worker import Step, block_on_cpu, worker_step
+from distlion_jax.train import _checks as checks
+from distlion_jax.train._checks import check_by_worker
+from distlion_jax.train._drive import MOST_PARTS, Driver, Place, Step
+from distlion_jax.train._processes import spans_processes
+from distlion_jax.train._worker import worker_step
 
 
 def make_pmap_train_step(
@@ -20,6 +24,8 @@ def make_pmap_train_step(
     axis_name: str = "data",
     *,
     has_aux: bool = False,
+    has_model_state: bool = False,
+    microbatches: int = 1,
     devices: Sequence[Any] | None = None,
     donate: bool = True,
 ) -> Step:
@@ -30,9 +36,13 @@ def make_pmap_train_step(
     batch does not: the step splits it. pmap does not check that workers stay alike; calls 1, 2, 4,
     8, ... of the step do, and every call for a ``tx`` that declares no exchange.
 
+    In several processes the workers of all of them vote, as under ``jax.pmap``. Each process passes
+    its own rows, and the entries of its own workers.
+
     Args:
-      loss_fn, tx, axis_name, has_aux, donate: as in :func:`make_train_step`.
-      devices: one per worker; None: ``jax.local_devices()``.
+      loss_fn, tx, axis_name, has_aux, has_model_state, microbatches, donate: as in
+        :func:`make_train_step`. The model's state carries a leading worker axis.
+      devices: one per worker; None: ``jax.devices()``, those of all processes.
 
     Raises:
       ValueError: from the step: for a batch or state that does not fit the workers, and where their
@@ -48,62 +58,94 @@ def make_pmap_train_step(
       >>> float(metrics.loss), params["w"].shape
       (1.0, (8, 3))
     """
-    devices = jax.local_devices() if devices is None else devices
-    n = len(devices)
-    worker = worker_step(loss_fn, tx, (axis_name,), has_aux)
-
-    def one(params: Any, state: Any, batch: Any, rng: Any, extra: dict[str, Any]) -> Any:
-        params, state, metrics = worker(params, state, batch, rng, extra)
-        votes = tuple(h._replace(voted=h.voted[0]) for h in metrics.health)
-        means = tuple(h._replace(counted=h.counted[0]) for h in metrics.means)
-        return params, state, metrics._replace(health=votes, means=means)
+    check_static("microbatches", microbatches, "int", MOST_PARTS)
+    devices = all_devices(devices)
+    here = sum(d.process_index == jax.process_index() for d in devices)
+    worker = worker_step(
+        loss_fn,
+        tx,
+        (axis_name,),
+        (axis_name,),
+        has_aux=has_aux,
+        has_model_state=has_model_state,
+        microbatches=microbatches,
+    )
 
     # Two nested arguments. With five flat ones, pmap applied `in_axes` to the arrays whenever there
     # happened to be exactly five of them.
     mapped = jax.pmap(
-        lambda kept, given: one(*kept, *given),
+        lambda kept, given: worker(*kept, *given),
         axis_name,
-        in_axes=((0, 0), (0, None, 0)),
+        in_axes=((0, 0, 0), (0, None, 0)),
         devices=devices,
         donate_argnums=(0,) if donate else (),
     )
+    first = jax.pmap(lambda tree: audit.all_same(tree, axis_name), axis_name, devices=devices)
+    driver = Driver(
+        tx,
+        Place(
+            tuple(devices),
+            workers=len(devices),
+            entries=here,
+            shards=here,
+            vote_sizes=(len(devices),),
+            stacked=True,
+            watched=True,
+        ),
+        lambda tree: not jax.tree.leaves(tree) or audit.everywhere(first(tree)),
+        has_model_state=has_model_state,
+        microbatches=microbatches,
+        donate=donate,
+        one=lambda params: jax.tree.map(lambda x: x[0], params),
+    )
 
-    same = jax.pmap(lambda tree: audit.all_same(tree, axis_name), axis_name, devices=devices)
-    wait = block_on_cpu(devices)
-    look = audit.check_on_schedule(lambda params: audit.everywhere(same(params)))
+    def program(
+        params: Any, model_state: Any, state: Any, batch: Any, rng: Any, extra: dict[str, Any]
+    ) -> tuple[Any, ...]:
+        for name, tree in (("params", params), ("model_state", model_state)):
+            check_by_worker(name, tree, here, "Make it with pmap_replicate.")
+        rows = jax.tree.map(lambda x: x.reshape(here, x.shape[0] // here, *x.shape[1:]), batch)
+        *kept, metrics = mapped((params, model_state, state), (rows, rng, extra))
+        # All figures are the same on all workers: one copy of each is enough.
+        return *kept, jax.tree.map(one_of, metrics)
 
-    def step(params: Any, state: Any, batch: Any, *, rng: Any = None, **extra: Any) -> Any:
-        check_step(batch, (params, state), extra, n, n)
-        if n > 1 and is_traced((params, state, batch, rng, extra)):
-            check_declared(state)
-        batch = jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch)
-        declared = bool(exchanges(state))
-        params, state, metrics = mapped((params, state), (batch, rng, extra))
-        wait(metrics)
-        look(params, declared)
-        first = jax.tree.map(lambda x: x[0], metrics)
-        votes = zip(first.health, metrics.health, strict=True)
-        means = zip(first.means, metrics.means, strict=True)
-        return (
-            params,
-            state,
-            first._replace(
-                health=tuple(f._replace(voted=h.voted) for f, h in votes),
-                means=tuple(f._replace(counted=h.counted) for f, h in means),
-            ),
-        )
+    def step(*args: Any, rng: Any = None, **extra: Any) -> tuple[Any, ...]:
+        return driver.run(program, args, rng, extra)
 
     return step
 
 
+def one_of(x: Any) -> Any:
+    """The first worker's of equal entries, from the device that holds it: nothing is computed."""
+    if checks.is_traced(x) or not hasattr(x, "addressable_shards"):
+        return x[0]
+    return x.addressable_shards[0].data.reshape(x.shape[1:])
+
+
+def all_devices(devices: Sequence[Any] | None) -> Sequence[Any]:
+    """The devices, one a worker; None: those of all processes."""
+    return jax.devices() if devices is None else devices
+
+
 def pmap_replicate(tree: Any, devices: Sequence[Any] | None = None) -> Any:
     """A copy of the tree for each device, stacked: parameters, or ``tx.init(params)``, for pmap.
+
+    In several processes all of them call it. Each receives copies of process 0's numbers, for its
+    own devices.
+
+    Args:
+      tree: arrays, NumPy arrays or numbers, without a worker axis.
+      devices: as in :func:`make_pmap_train_step`.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> pmap_replicate({"w": jnp.zeros(3)})["w"].shape == (jax.local_device_count(), 3)
       True
     """
-    devices = jax.local_devices() if devices is None else devices
-    stacked = jax.tree.map(lambda x: np.broadcast_to(x, (len(devices), *np.shape(x))), tree)
-    return jax.pmap(lambda t: t, devices=devices)(stacked)
+    devices = all_devices(devices)
+    here = sum(d.process_index == jax.process_index() for d in devices)
+    stacked = jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * here), tree)
+    copy = lambda t: t  # noqa: E731
+    if spans_processes(devices):
+        copy = lambda t: wire.copies_of_first(t, "workers")  # noqa: E731
+    return jax.pmap(copy, "workers", devices=devices)(stacked)

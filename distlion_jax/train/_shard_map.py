@@ -6,29 +6,22 @@ Out: a jitted, buffer-donating ``step(params, state, batch) -> (params, state, m
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import optax
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from distlion_jax._rules import AxisName, check_choice
+from distlion_jax._rules import AxisName, check_choice, check_static
 from distlion_jax._vote import wire
-from distlion_jax.exchanges import exchanges
 from distlion_jax.train import _audit as audit
-from distlion_jax.train import _metrics
-from distlion_jax.train._checks import check_averaged, check_declared, check_step, is_traced
+from distlion_jax.train._checks import check_averaged, check_declared, check_differ
+from distlion_jax.train._drive import MOST_PARTS, Driver, Place, Step
+from distlion_jax.train._notes import leading_on
 from distlion_jax.train._placement import Placement
-from distlion_jax.train._state import per_worker, stack, unstack
-from distlion_jax.train._worker import Step, block_on_cpu, worker_step
-
-NOT_REPLICATED = (
-    "distlion_jax: if `tx` makes the workers agree, what follows that must be known to be the same "
-    "on all of them. Wrap a transformation that keeps arrays in distlion_jax.replicated(...); let "
-    "the state class of a counter declare roles = distlion_jax.Roles(shared=(...,)); or pass "
-    "check_vma=False, with which the step compares the replicas' bits instead."
-)
+from distlion_jax.train._state import stack, unstack
+from distlion_jax.train._worker import worker_step
 
 
 def make_train_step(
@@ -38,6 +31,8 @@ def make_train_step(
     axis_name: AxisName = "data",
     *,
     has_aux: bool = False,
+    has_model_state: bool = False,
+    microbatches: int = 1,
     mean_axis_name: AxisName | None = None,
     gradients: Literal["local", "mean"] = "local",
     check_vma: bool = True,
@@ -53,6 +48,12 @@ def make_train_step(
         ``mean_axis_name``.
       axis_name: the axis, or axes, that vote.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``; aux is a tree of numbers to average.
+      has_model_state: whether the model has state beside its parameters, such as the statistics of
+        BatchNorm. It is then the second argument of ``loss_fn``, which returns
+        ``(loss, model_state)``, or ``(loss, (model_state, aux))`` with ``has_aux``. All workers go
+        on with the mean over those that took part (of integers, the largest).
+      microbatches: k, parts of a worker's batch whose gradients are taken one after the other and
+        averaged, in float32 at least. It saves memory: there is one vote a step, whatever k is.
       mean_axis_name: fast inner axis, or axes, over which gradients are averaged in full precision
         before the vote, as :func:`distlion_jax.average_gradients` does. Every device then votes
         with its twins: a node's link carries the vote once for each of its devices.
@@ -68,16 +69,22 @@ def make_train_step(
         again.
 
     Returns:
-      ``step(params, state, batch, *, rng=None, **extra) -> (params, state, metrics)``. The batch's
-      leading axis is split over the workers. ``rng`` is a key, folded with the worker's index. Each
-      ``extra`` argument (``participating``, ``weight``) is an array of shape [n], one entry a
-      worker. ``metrics`` is :class:`distlion_jax.Metrics`. ``step.lower(...)`` takes the same
-      arguments, as a jitted function's. On virtual CPU devices, and only there, the step is waited
-      for.
+      ``step(params, state, batch, *, rng=None, **extra) -> (params, state, metrics)``. With
+      ``has_model_state`` it is ``step(params, model_state, state, batch)``, and returns the model's
+      state in second place. The batch's leading axis is split over the workers; in several
+      processes, make it with :func:`distlion_jax.make_global_batch`. ``rng`` is a key, folded with
+      the worker's index. Each ``extra`` argument (``participating``, ``weight``) is an array of
+      shape [n], one entry a worker. ``value``, the workers' mean loss, is handed to ``tx`` in every
+      step; one that you pass takes its place. ``metrics`` is :class:`distlion_jax.Metrics`.
+      ``step.lower(...)`` takes the same arguments, as a jitted function's. On virtual CPU devices,
+      and in several processes, the step is waited for.
 
     Raises:
-      ValueError: for a batch or state that does not fit the mesh, or an axis it does not have; from
-        the step, where ``check_vma`` is off and the workers' parameters are found to differ.
+      ValueError: for an axis that the mesh lacks. From the step: for arguments that do not fit; for
+        a state that was torn, or is of another transformation; where ``check_vma`` is off, or there
+        are several processes, and the workers' parameters are found to differ.
+      TypeError: from the step, for an extra argument that nothing reads.
+      RuntimeError: from the step, where another process has said that it will not come.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -91,6 +98,7 @@ def make_train_step(
       (1.0, 8)
     """
     check_choice("gradients", gradients, ("local", "mean"))
+    check_static("microbatches", microbatches, "int", MOST_PARTS)
     inner = wire.axes(mean_axis_name) if mean_axis_name else ()
     place = Placement(mesh, axis_name, inner)
     if idle := set(mesh.axis_names) - set(place.axes):
@@ -99,60 +107,80 @@ def make_train_step(
             f"{mean_axis_name!r}: the step would repeat the same work along them."
         )
     stacked = gradients == "local"
-    mean_axes = inner if stacked else place.axes
-    worker = worker_step(loss_fn, tx, place.axes, has_aux, mean_axes)
+    worker = worker_step(
+        loss_fn,
+        tx,
+        place.axes,
+        wire.axes(axis_name),
+        inner if stacked else place.axes,
+        has_aux=has_aux,
+        has_model_state=has_model_state,
+        microbatches=microbatches,
+    )
 
-    def mapped(params: Any, state: Any, batch: Any, rng: Any, extra: dict[str, Any]) -> Any:
+    def mapped(
+        params: Any, model_state: Any, state: Any, batch: Any, rng: Any, extra: dict[str, Any]
+    ) -> tuple[Any, ...]:
         if not stacked:
             check_averaged(state)
         state = unstack(state, axis_name) if stacked else state
         extra = jax.tree.map(lambda x: x[0], extra)
-        params, state, metrics = worker(params, state, batch, rng, extra)
-        return params, stack(state) if stacked else state, metrics
+        params, model_state, state, metrics = worker(params, model_state, state, batch, rng, extra)
+        check_differ(place.axes, state, params)
+        return params, model_state, stack(state) if stacked else state, metrics
 
-    def run(params: Any, state: Any, batch: Any, rng: Any, extra: dict[str, Any]) -> Any:
+    def run(*args: Any, rng: Any = None, **extra: Any) -> tuple[Any, ...]:
+        params, model_state, state, batch = driver.split(args)
         by_state = place.state(state) if stacked else P()
-        in_specs = place.params, by_state, place.batch, P(), place.by_worker
-        given = params, state, batch, rng, extra
+        in_specs = place.params, P(), by_state, place.batch, P(), place.by_worker
+        given = params, model_state, state, batch, rng, extra
         if AxisType.Explicit in mesh.axis_types:  # there, shard_map moves nothing by itself
             given = jax.sharding.reshard(given, place.shardings(in_specs))
         sharded = jax.shard_map(
             mapped,
             mesh=mesh,
             in_specs=in_specs,
-            out_specs=(place.params, by_state, _metrics.specs(state, place, bool(mean_axes))),
+            out_specs=(place.params, P(), by_state, P()),
             check_vma=check_vma,
         )
-        try:
-            return sharded(*given)
-        except (TypeError, ValueError) as error:
-            if check_vma and "out_specs" in str(error):
-                error.add_note(NOT_REPLICATED)
-            raise
+        return driver.join(sharded(*given))
 
-    watched = not check_vma and place.shards > 1
-    jitted = jax.jit(run, donate_argnums=(0, 1) if donate else ())
-    wait = block_on_cpu(mesh.devices.flat)
-    look = audit.check_on_schedule(lambda params: audit.replicas_agree(params, mesh))
+    jitted = jax.jit(run, donate_argnums=tuple(range(2 + has_model_state)) if donate else ())
+    driver = Driver(
+        tx,
+        Place(
+            tuple(mesh.devices.flat),
+            workers=place.workers,
+            entries=place.workers,
+            shards=place.shards,
+            vote_sizes=tuple(mesh.shape[name] for name in wire.axes(axis_name)),
+            stacked=stacked,
+            watched=not check_vma and place.shards > 1,
+        ),
+        lambda tree: audit.everywhere(audit.comparison(mesh)(tree)),
+        has_model_state=has_model_state,
+        microbatches=microbatches,
+        donate=donate,
+    )
 
-    def step(params: Any, state: Any, batch: Any, *, rng: Any = None, **extra: Any) -> Any:
-        checked = per_worker(state) if stacked else ()
-        check_step(batch, checked, extra, place.workers, place.shards)
-        if extra and not stacked:
-            raise ValueError(f"`{next(iter(extra))}` is for a vote; gradients='mean' takes all.")
-        if watched and stacked and is_traced((params, state, batch, rng, extra)):
+    def program(
+        params: Any, model_state: Any, state: Any, batch: Any, rng: Any, extra: dict[str, Any]
+    ) -> tuple[Any, ...]:
+        args = (params, model_state, state, batch) if has_model_state else (params, state, batch)
+        given = {} if rng is None else {"rng": rng}
+        out = jitted(*args, **given, **extra)
+        return out if has_model_state else (out[0], (), *out[1:])
+
+    def step(*args: Any, rng: Any = None, **extra: Any) -> tuple[Any, ...]:
+        return driver.run(program, args, rng, extra)
+
+    def lower(*args: Any, rng: Any = None, **extra: Any) -> jax.stages.Lowered:
+        _, _, state, _ = driver.split(args)
+        if driver.place.watched and stacked:
             check_declared(state)
-        declared = not stacked or bool(exchanges(state))
-        params, state, metrics = jitted(params, state, batch, rng, extra)
-        wait(metrics)
-        if watched:
-            look(params, declared)
-        return params, state, metrics
-
-    def lower(params: Any, state: Any, batch: Any, *, rng: Any = None, **extra: Any) -> Any:
-        if watched and stacked:
-            check_declared(state)
-        return jitted.lower(params, state, batch, rng, extra)
+        given = {} if rng is None else {"rng": rng}
+        with leading_on():
+            return jitted.lower(*args, **given, **extra)
 
     step.lower = lower  # type: ignore[attr-defined]
-    return step
+    return cast(Step, step)

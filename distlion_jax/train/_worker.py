@@ -1,65 +1,97 @@
 # SPDX-License-Identifier: Apache-2.0
 """The step of one worker, whatever maps it: gradient, update, figures."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from distlion_jax._rounds import Healthy, listen
 from distlion_jax._vote import wire
-from distlion_jax._vote.turnout import finite_mean
-from distlion_jax.train._checks import check_shapes
-from distlion_jax.train._mesh import local_value_and_grad
-from distlion_jax.train._metrics import Metrics, average, took_part
-
-Step = Callable[..., tuple[Any, Any, Metrics]]
+from distlion_jax._vote.turnout import all_finite, finite_mean
+from distlion_jax.accumulate import adopt
+from distlion_jax.finite import keep_finite
+from distlion_jax.train import _model_state
+from distlion_jax.train._checks import check_shapes, check_unconditional, stands_side_by_side
+from distlion_jax.train._extra import KNOWN, check_heard, check_read
+from distlion_jax.train._gradient import value_and_gradient
+from distlion_jax.train._keys import own_keys
+from distlion_jax.train._metrics import average, took_part
 
 
 def worker_step(
     loss_fn: Callable[..., Any],
     tx: optax.GradientTransformation,
     axes: tuple[str, ...],
-    has_aux: bool,
+    vote_axes: tuple[str, ...],
     mean_axes: tuple[str, ...] = (),
-) -> Callable[..., tuple[Any, Any, Metrics]]:
-    """``step(params, state, batch, rng, extra)`` of one worker; the state has no worker axis.
+    *,
+    has_aux: bool = False,
+    has_model_state: bool = False,
+    microbatches: int = 1,
+) -> Callable[..., tuple[Any, ...]]:
+    """``step(params, model_state, state, batch, rng, extra)`` of one worker.
+
+    The state has no worker axis. The step returns the first three anew, and the figures.
 
     Args:
       loss_fn: of the worker's own batch.
       tx: the transformation.
       axes: all axes that the batch is split over.
-      has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
+      vote_axes: those of them that vote.
       mean_axes: axes over which the step itself averages gradients, in full precision.
+      has_aux: whether ``loss_fn`` returns aux.
+      has_model_state: whether it takes and returns the model's state.
+      microbatches: how many parts the batch is taken in.
     """
-    tx = optax.with_extra_args_support(tx)
-    value_and_grad = local_value_and_grad(loss_fn, axes, has_aux)
+    tx = keep_finite(adopt(tx))
+    gradient = value_and_gradient(loss_fn, axes, has_aux, has_model_state, microbatches)
 
-    def step(params: Any, state: Any, batch: Any, rng: Any, extra: dict[str, Any]) -> Any:
-        key = () if rng is None else (jax.random.fold_in(rng, wire.worker(axes)),)
-        value, grads = value_and_grad(params, batch, *key)
-        loss, aux = value if has_aux else (value, ())
+    def update(grads: Any, state: Any, params: Any, extra: dict[str, Any]) -> tuple[Any, Any]:
+        for name in set(extra) - set(KNOWN):
+            check_read(tx, name, grads, state, params, extra)
+        if not mean_axes and stands_side_by_side(state):
+            extra = {**extra, "healthy": Healthy(axes, all_finite(grads))}
+        with listen() as heard:
+            out = tx.update(grads, own_keys(state, axes), params, **extra)
+        check_heard(heard, extra)
+        return out
+
+    def step(
+        params: Any, model_state: Any, state: Any, batch: Any, rng: Any, extra: dict[str, Any]
+    ) -> tuple[Any, ...]:
+        check_unconditional(state)
+        key = None if rng is None else jax.random.fold_in(rng, wire.worker(axes))
+        loss, seen, aux, grads = gradient(params, model_state, batch, key)
+        # Optimizers that look at the loss get the workers' mean; where none does, XLA drops it.
+        told = jnp.where(extra.get("participating", True), 1, 0)
+        value, _ = finite_mean(jnp.asarray(extra.get("value", loss), jnp.float32), axes, told)
         entered, own = jnp.bool_(True), None
         if mean_axes:
             grads, own = finite_mean(grads, mean_axes)
             entered = own.counted
-        updates, new_state = tx.update(grads, state, params, **extra)
+        updates, new_state = update(grads, state, params, {**extra, "value": value})
         new_params = optax.apply_updates(params, updates)
         check_shapes("params", params, new_params)
         check_shapes("state", state, new_state)
         entered &= took_part(state, new_state)
-        return new_params, new_state, average(loss, aux, new_state, own, entered, axes)
+        figures = average(loss, aux, new_state, own, entered, axes, vote_axes)
+        figures = figures._replace(unmoved=unmoved(params, updates, new_params))
+        return new_params, _model_state.agree(seen, model_state, entered, axes), new_state, figures
 
     return step
 
 
-def block_on_cpu(devices: Iterable[Any]) -> Callable[[Any], Any]:
-    """Waits for a step on virtual CPU devices, elsewhere does nothing.
+def unmoved(old: Any, updates: Any, new: Any) -> Any:
+    """``float32[]``: share of the updates that rounding lost; None where all parameters are wide.
 
-    They share the threads of one pool: steps that queue up starve one another's collectives, until
-    XLA gives up and aborts the process.
+    Of parameters in 16 bits or fewer: a bfloat16 1.0 is the same after an update of 0.003.
     """
-    here = jax.process_index()
-    virtual = sum(d.platform == "cpu" and d.process_index == here for d in devices) > 1
-    return jax.block_until_ready if virtual else lambda metrics: metrics
+    lost, size = [], 0
+    for x, u, y in zip(*map(jax.tree.leaves, (old, updates, new)), strict=True):
+        if jnp.issubdtype(y.dtype, jnp.floating) and y.dtype.itemsize < 4:
+            lost.append(jnp.sum((u != 0) & (x == y), dtype=jnp.float32))
+            size += x.size
+    return sum(lost) / max(size, 1) if lost else None

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradient accumulation that exchanges once an update, and forgets a bad micro-batch.
+
+In:  a transformation that votes or averages, and how many calls make one update.
+Out: the same transformation, called once every k calls, with the state of ``optax.MultiSteps``.
+
+``optax.MultiSteps`` calls what it wraps in every micro-step and throws most results away. For a
+vote that is k exchanges an update. And it clears its sums by multiplying them with 0, which leaves
+a NaN a NaN: a worker with one bad micro-batch would sit out for ever.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from distlion_jax._promotion import default_promotion
+from distlion_jax._vote import wire
+from distlion_jax.exchanges import with_extra_args
+
+__all__ = ["accumulate_gradients"]
+
+
+def accumulate_gradients(
+    tx: optax.GradientTransformation,
+    every_k_schedule: int | Callable[[Array], Any],
+    use_grad_mean: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """``optax.MultiSteps`` for transformations that make workers agree.
+
+    Every k-th ``update`` hands the accumulated gradients to ``tx``, in one exchange. The others
+    only add to this worker's own sums, send nothing and return zeros. A worker with a number that
+    is not finite in one of the k gradients sits that update out, and begins the next one anew.
+
+    The ready-made steps do this with an ``optax.MultiSteps`` that they are given. Their option
+    ``microbatches`` does the same within one call, and needs no memory for sums between calls.
+
+    Args:
+      tx: the transformation. Extra arguments (``participating``, ``weight``) are those of the
+        call that makes the update.
+      every_k_schedule: k; or a function of the number of updates so far, as in
+        ``optax.MultiSteps``.
+      use_grad_mean: whether gradients are averaged over the k calls, or summed.
+
+    Returns:
+      A transformation with an ``optax.MultiStepsState``.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from distlion_jax import scale_by_distributed_lion
+      >>> tx = accumulate_gradients(scale_by_distributed_lion(), 2)
+      >>> def train(g):
+      ...     first, state = tx.update(g, tx.init(g))
+      ...     return first, tx.update(g, state)[0]
+      >>> first, second = jax.vmap(train, axis_name="data")(jnp.array([[1.0], [2.0], [-3.0]]))
+      >>> print(first[0], second[0])
+      [0.] [1.]
+    """
+    return _once_a_round(optax.MultiSteps(tx, every_k_schedule, use_grad_mean))
+
+
+def adopt(tx: Any) -> optax.GradientTransformationExtraArgs:
+    """A transformation as a step runs it: an ``optax.MultiSteps`` calls its inner one in time."""
+    owner = getattr(getattr(tx, "init", None), "__self__", None)  # of gradient_transformation()
+    if isinstance(owner, optax.MultiSteps):
+        return _once_a_round(owner)
+    return with_extra_args(tx)
+
+
+def _once_a_round(multi: optax.MultiSteps) -> optax.GradientTransformationExtraArgs:
+    """The same accumulation, with the inner transformation in a branch that is rarely taken."""
+    inner = with_extra_args(multi.inner_opt)
+
+    @default_promotion
+    def add(updates: Any, state: optax.MultiStepsState) -> Any:
+        """``acc + (g - acc) / (number + 1)``, or their sum, in the accumulator's dtype."""
+        mean, number = multi._use_grad_mean, state.mini_step  # type: ignore[attr-defined]
+
+        def one(g: Array, total: Array) -> Array:
+            new = total + (g - total) / (number + 1) if mean else g + total
+            return new.astype(total.dtype)
+
+        return jax.tree.map(one, updates, state.acc_grads)
+
+    def update(
+        updates: Any, state: optax.MultiStepsState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, optax.MultiStepsState]:
+        total = add(updates, state)
+        k = multi._every_k_schedule(state.gradient_step)  # type: ignore[attr-defined]
+        due = state.mini_step >= jnp.asarray(k - 1, state.mini_step.dtype)
+
+        def exchange() -> tuple[Any, Any]:
+            means = optax.tree.cast_like(total, updates)
+            return inner.update(means, state.inner_opt_state, params, **extra_args)
+
+        shapes = jax.eval_shape(exchange)
+
+        def wait() -> tuple[Any, Any]:
+            zeros = jax.tree.map(wire.zeros_as, shapes[0])
+            kept = jax.tree.map(wire.vary_as, state.inner_opt_state, shapes[1])
+            return zeros, kept
+
+        # The same branch on every worker: the counters are the same.
+        out, inner_state = jax.lax.cond(due, exchange, wait)
+        one_more = optax.safe_increment(state.mini_step)
+        done = optax.safe_increment(state.gradient_step)
+        return out, state._replace(
+            mini_step=jnp.where(due, 0, one_more),
+            gradient_step=jnp.where(due, done, state.gradient_step),
+            inner_opt_state=inner_state,
+            acc_grads=jax.tree.map(lambda x: jnp.where(due, 0, x).astype(x.dtype), total),
+        )
+
+    return optax.GradientTransformationExtraArgs(multi.init, update)

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a ready-made step does around its compiled program, whatever maps it.
+
+In:  the arguments of a call. Out: the results of the program; or an error, before it where that can
+     be had, that says what is wrong with them.
+"""
+
+import dataclasses
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distlion_jax.accumulate import adopt
+from distlion_jax.exchanges import exchanges, is_once
+from distlion_jax.train import _audit as audit
+from distlion_jax.train import _checks as checks
+from distlion_jax.train import _extra, _whole
+from distlion_jax.train._metrics import Metrics
+from distlion_jax.train._notes import leading_on
+from distlion_jax.train._processes import Company
+
+MOST_PARTS = 2**16  # micro-batches
+
+
+class Step(Protocol):
+    """A train step, see :func:`distlion_jax.make_train_step`."""
+
+    def __call__(self, *args: Any, rng: Any = None, **extra: Any) -> tuple[Any, ...]:
+        """``step(params, state, batch)``; with ``has_model_state``, the model's state is second."""
+        ...
+
+    def lower(self, *args: Any, rng: Any = None, **extra: Any) -> jax.stages.Lowered:
+        """The step's program for these arguments; what it compiles to takes the same ones."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Of whom a step is the program."""
+
+    devices: tuple[Any, ...]
+    workers: int  # of all processes
+    entries: int  # of them, that this process passes in `participating`, `weight` and states
+    shards: int  # that share the rows which this process passes
+    vote_sizes: tuple[int, ...]  # of the axes that vote
+    stacked: bool  # whether the state has a leading worker axis
+    watched: bool  # whether JAX does not check that replicas stay alike
+
+
+def once_parts(state: Any) -> list[Any]:
+    """What is stored once for all workers: it is the same on all, as parameters are."""
+    return [x for x in jax.tree.leaves(state, is_leaf=is_once) if is_once(x)]
+
+
+class Driver:
+    """Checks around the program of a step.
+
+    Args:
+      tx: the transformation.
+      place: of whom it is.
+      agree: whether all devices hold the same bits of a tree of replicated arrays.
+      has_model_state: whether arguments and results have the model's state in second place.
+      microbatches: how many parts a worker takes its rows in.
+      donate: whether the program gives the buffers of its arguments away.
+      one: takes the worker axis off the shapes of parameters, where they have one.
+    """
+
+    def __init__(
+        self,
+        tx: Any,
+        place: Place,
+        agree: Callable[[Any], bool],
+        *,
+        has_model_state: bool,
+        microbatches: int,
+        donate: bool,
+        one: Callable[[Any], Any] = lambda params: params,
+    ) -> None:
+        self.tx, self.place = adopt(tx), place
+        self.has_model_state, self.microbatches, self.donate = has_model_state, microbatches, donate
+        self.company = Company(place.devices)
+        self._agree, self._one = agree, one
+        self._look = audit.check_on_schedule(agree)
+        self._last: Any = lambda: None  # a weak reference into the state that was returned last
+        self._calls = 0
+        here = jax.process_index()
+        virtual = sum(d.platform == "cpu" and d.process_index == here for d in place.devices) > 1
+        # Virtual CPU devices share the threads of one pool: steps that queue up starve one
+        # another's collectives, until XLA gives up and aborts the process.
+        self._waits = virtual or self.company.several
+
+    def split(self, args: tuple[Any, ...]) -> tuple[Any, Any, Any, Any]:
+        """Parameters, model state (or nothing), state and batch."""
+        wanted = ("params", *(("model_state",) if self.has_model_state else ()), "state", "batch")
+        if len(args) != len(wanted):
+            raise TypeError(f"the step takes ({', '.join(wanted)}); got {len(args)} arguments.")
+        if self.has_model_state:
+            params, model_state, state, batch = args
+        else:
+            (params, state, batch), model_state = args, ()
+        return params, model_state, state, batch
+
+    def join(self, out: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The results, with the model's state where there is one."""
+        params, model_state, state, metrics = out
+        rest = (state, metrics)
+        return (params, model_state, *rest) if self.has_model_state else (params, *rest)
+
+    def prepare(self, args: tuple[Any, ...], rng: Any, extra: dict[str, Any]) -> tuple[Any, ...]:
+        """The arguments, checked, with the state in the transformation's form."""
+        params, model_state, state, batch = self.split(args)
+        place = self.place
+        checks.check_alive(params=params, model_state=model_state, state=state, batch=batch)
+        checks.check_places(params, state, batch)
+        if extra and not place.stacked:
+            name = next(iter(set(extra) - {"value"}), None)
+            if name:
+                raise ValueError(f"`{name}` is for a vote; gradients='mean' takes all.")
+        checks.check_batch(batch, place.shards, self.microbatches)
+        checks.check_global(batch, self.company.several and place.entries == place.workers)
+        extra = _extra.by_worker(extra, place.workers, place.entries)
+        if self._is_new(state):
+            state = self._of_tx(params, state)
+        if checks.is_traced((params, state, batch, rng, extra)):
+            if place.watched and place.stacked and place.workers > 1:
+                checks.check_declared(state)
+        elif self.donate:
+            params, model_state, state = _apart((params, model_state, state))
+        return params, model_state, state, batch, extra
+
+    def _mark(self, state: Any) -> Any:
+        """An array by which a state is known again."""
+        return next((x for x in jax.tree.leaves(state) if isinstance(x, jax.Array)), None)
+
+    def _is_new(self, state: Any) -> bool:
+        mark = self._mark(state)
+        return mark is None or self._last() is not mark
+
+    def _of_tx(self, params: Any, state: Any) -> Any:
+        """The state, if it is whole and of this transformation."""
+        shapes = jax.eval_shape(lambda p: self.tx.init(self._one(p)), params)
+        n = self.place.entries
+
+        def stacked(x: Any) -> Any:
+            return jax.ShapeDtypeStruct((n, *x.shape), x.dtype)
+
+        if self.place.stacked:
+            spread = lambda x: x if is_once(x) else stacked(x)  # noqa: E731
+            shapes = jax.tree.map(spread, shapes, is_leaf=is_once)
+            state = _whole.with_health(state, shapes)
+        _whole.check_fits(state, shapes)
+        if self.place.stacked:
+            checks.check_by_worker(
+                "state",
+                jax.tree.map(lambda x: () if is_once(x) else x, state, is_leaf=is_once),
+                n,
+                "Make states with init_state (or pmap_replicate, under pmap) for these workers; "
+                "resize_state makes one for another number of them.",
+            )
+            if not checks.is_traced(state):
+                _whole.check_whole(state, self.place.vote_sizes)
+        return state
+
+    def before(self, params: Any, model_state: Any, state: Any) -> None:
+        """Raises where several processes do not begin with the same numbers."""
+        if not self.company.several or self._calls or checks.is_traced(params):
+            return
+        once = once_parts(state) if self.place.stacked else state
+        if self._agree((params, model_state, once)):
+            return
+        for name, tree in (("params", params), ("model_state", model_state), ("state", once)):
+            for path, x in jax.tree_util.tree_leaves_with_path(tree):
+                if not self._agree(x):
+                    raise ValueError(
+                        f"`{name}{jax.tree_util.keystr(path)}` differs by process before the first "
+                        "call of this step: each process drew its own, or restored another "
+                        "checkpoint. replicate(..., mesh), and pmap_replicate, make copies of "
+                        "process 0's for all."
+                    )
+
+    def run(
+        self, program: Callable[..., tuple[Any, ...]], args: tuple[Any, ...], rng: Any, extra: Any
+    ) -> tuple[Any, ...]:
+        """One call: checks, the program, and a look at what it did."""
+        with self.company.call(args, extra), leading_on():
+            params, model_state, state, batch, extra = self.prepare(args, rng, extra)
+            self.before(params, model_state, state)
+            declared = not self.place.stacked or bool(exchanges(state))
+            out = program(params, model_state, state, batch, rng, extra)
+            params, model_state, state, metrics = out
+            if checks.is_traced(metrics):
+                return self.join(out)
+            if self._waits:
+                (self.company.wait if self.company.several else jax.block_until_ready)(metrics)
+            self._calls += 1
+            if (self.place.watched or self.company.several) and self.place.workers > 1:
+                self._look(params, declared or not self.place.watched)
+            self._warn(metrics)
+            mark = self._mark(state)
+            self._last = (lambda: None) if mark is None else weakref.ref(mark)
+            return self.join(out)
+
+    def _warn(self, metrics: Metrics) -> None:
+        """A word where rounding loses most of what an update would do."""
+        scheduled = self._calls & (self._calls - 1) == 0  # a power of two has one bit
+        if metrics.unmoved is None or not scheduled:
+            return
+        share = float(np.asarray(metrics.unmoved))
+        if share > 0.1:
+            warnings.warn(
+                f"{share:.0%} of the bfloat16 (or narrower) parameters did not move in call "
+                f"{self._calls}: the update is less than half the distance to the next number (for "
+                "1.0 that is 0.002). Keep the parameters in float32 and cast them in the loss "
+                "function: jax.tree.map(lambda x: x.astype(jnp.bfloat16), params).",
+                stacklevel=4,
+            )
+
+
+def _apart(trees: Any) -> Any:
+    """The same arrays, with copies of those that occur twice: a buffer is given away once."""
+    seen: set[int] = set()
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, jax.Array):
+            return x
+        if id(x) in seen:
+            return jnp.copy(x)
+        seen.add(id(x))
+        return x
+
+    return jax.tree.map(one, trees)

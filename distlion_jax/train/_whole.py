@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the state that a step was given is whole, and of its transformation.
+
+In:  a state as it lies outside the mapped function, with a leading worker axis. Out: nothing, or an
+     error that names what was lost, and the way out.
+
+Per-worker state is lost by habits from replicated training: one worker's copy for all
+(``unreplicate``), a save of what one host holds, a restore onto fewer or more workers. The stamps
+of the exchanges (:mod:`distlion_jax._vote.stamp`) show it.
+"""
+
+import itertools
+import warnings
+from typing import Any
+
+import jax
+import numpy as np
+
+from distlion_jax.exchanges import exchanges
+
+CURE = (
+    "Save and restore the whole state, its leading worker axis included. For another number of "
+    "workers: distlion_jax.resize_state(state, mesh). To begin without momenta: init_state."
+)
+
+
+def stamps_of(state: Any) -> list[Any]:
+    """The stamps of all exchanges that have one, in order: ``int32[n, 2]`` each."""
+    found = [getattr(node, "stamp", None) for node in exchanges(state)]
+    return [stamp for stamp in found if stamp is not None]
+
+
+def _expected(sizes: tuple[int, ...]) -> list[np.ndarray]:
+    """Stamps of whole states: by worker of any of the axes, in any order; rows as in the mesh."""
+    grid = np.indices(sizes).reshape(len(sizes), -1)
+    out = []
+    for count in range(1, len(sizes) + 1):
+        for axes in itertools.permutations(range(len(sizes)), count):
+            shape = [sizes[i] for i in axes]
+            index = np.ravel_multi_index([grid[i] for i in axes], shape)
+            out.append(np.stack([index, np.full_like(index, np.prod(shape))], axis=1))
+    return out
+
+
+def _rows(stamp: Any) -> np.ndarray | None:
+    """The rows that this process holds, with those of others as -1; None for other shapes."""
+    if np.ndim(stamp) != 2 or np.shape(stamp)[1] != 2:
+        return None
+    if getattr(stamp, "is_fully_addressable", True):
+        return np.asarray(stamp)
+    rows = np.full(stamp.shape, -1)
+    for shard in stamp.addressable_shards:
+        rows[shard.index] = np.asarray(shard.data)
+    return rows
+
+
+def check_whole(state: Any, sizes: tuple[int, ...]) -> None:
+    """Raises unless every worker holds the state that was its own.
+
+    Args:
+      state: with a leading worker axis.
+      sizes: of the axes that the workers lie on.
+
+    Rows of NumPy arrays that were made for another number of workers were taken by hand. They are
+    let through with a warning.
+    """
+    n = int(np.prod(sizes))
+    for stamp in stamps_of(state):
+        rows = _rows(stamp)
+        if rows is None or len(rows) != n:
+            continue  # other checks say so
+        mine = rows[:, 1] >= 0
+        used = rows[mine, 1] > 0
+        if not used.any() or any((rows[mine] == x[mine]).all() for x in _expected(sizes)):
+            continue
+        kept = len({tuple(row) for row in rows[mine][used]})
+        before = sorted(set(rows[mine][used, 1].tolist()))
+        if not used.all():
+            what = f"only {int(used.sum())} of {n} workers have one; the others begin at 0"
+        elif before == [n]:
+            what = f"the {n} workers hold those of {kept} workers only, or in another order"
+        else:
+            what = f"it was made by {' and '.join(map(str, before))} workers, and {kept} are left"
+        complaint = f"`state` was torn: of the workers' own momenta {what}. {CURE}"
+        by_hand = isinstance(stamp, np.ndarray) and used.all() and len(before) == 1
+        if by_hand and before != [n] and kept == min(n, before[0]):
+            warnings.warn(complaint, stacklevel=4)
+        else:
+            raise ValueError(complaint)
+
+
+def check_fits(state: Any, expected: Any) -> None:
+    """Raises unless the state has the structure of the transformation's own.
+
+    Args:
+      state: what a step was given.
+      expected: shapes of what ``tx.init`` makes.
+    """
+    if jax.tree.structure(state) == jax.tree.structure(expected):
+        return
+    have, want = (
+        [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+        for tree in (state, expected)
+    )
+    missing = [path for path in want if path not in set(have)]
+    excess = [path for path in have if path not in set(want)]
+    if not missing and not excess:
+        raise ValueError(
+            "`state` has the leaves of the transformation's state in other containers (a list for "
+            "a tuple, say), as a checkpoint that was restored without a target. Put them into "
+            "those of a fresh one: jax.tree.unflatten(jax.tree.structure(init_state(...)), "
+            "jax.tree.leaves(state))."
+        )
+    lacks = f"it lacks {missing[0]}" if missing else f"it has {excess[0]} besides"
+    raise ValueError(
+        f"`state` is not of this `tx`: {lacks} ({len(missing)} leaves are missing, {len(excess)} "
+        "are in excess). Options, labels or the chain have changed since it was made, or its "
+        "containers are others (a dict for a NamedTuple, as of a checkpoint that was restored "
+        "without a target). Begin a state anew with init_state, or restore onto one."
+    )
+
+
+def with_health(state: Any, expected: Any) -> Any:
+    """The state with health figures of the transformation's own form.
+
+    They are reported, and read by nobody: a run may go on with another ``health``.
+
+    Args:
+      state: what a step was given, with a leading worker axis.
+      expected: shapes of what ``tx.init`` makes, with that axis.
+    """
+    have, want = exchanges(state), exchanges(expected)
+    if [type(x) for x in have] != [type(x) for x in want]:
+        return state
+    fresh = iter(want)
+    forms = [jax.tree.structure(getattr(x, "health", None)) for x in (*have, *want)]
+    if forms[: len(have)] == forms[len(have) :]:
+        return state
+    known = {id(x) for x in have}
+
+    def one(node: Any) -> Any:
+        if id(node) not in known:
+            return node
+        health = getattr(next(fresh), "health", None)
+        if jax.tree.structure(health) == jax.tree.structure(getattr(node, "health", None)):
+            return node
+        zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), health)
+        return node._replace(health=zeros)
+
+    return jax.tree.map(one, state, is_leaf=lambda node: id(node) in known)
