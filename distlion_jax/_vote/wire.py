@@ -18,7 +18,8 @@ All differences between JAX versions, and between pmap, shard_map (replication c
 and vmap, live here.
 """
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -107,8 +108,22 @@ def split(x: Array, pieces: Sequence[int], axis: int = 0) -> list[Array]:
 
 def gather(x: Array, axis_name: AxisName, pieces: Sequence[int]) -> Array:
     """All workers' ``x[words]``, stacked: an all-gather a piece; JAX knows it to be replicated."""
-    parts = [_gather(part, axis_name) for part in split(x, pieces, 0)]
+    with _one_kind(axis_name):
+        parts = [_gather(part, axis_name) for part in split(x, pieces, 0)]
     return jnp.concatenate(parts, axis=1)
+
+
+@contextlib.contextmanager
+def _one_kind(axis_name: AxisName) -> Iterator[None]:
+    """A clear error where workers lie on a mesh axis and a vmapped one: JAX moves no words there."""
+    try:
+        yield
+    except AssertionError as error:
+        raise ValueError(
+            f"`axis_name` {axis_name!r} joins axes that JAX cannot send words over together, as "
+            "one of a mesh and one of jax.vmap. Let the workers lie on axes of one kind; or pass "
+            "transport='psum', which sums their votes uncompressed."
+        ) from error
 
 
 def _gather(x: Array, axis_name: AxisName) -> Array:
@@ -128,7 +143,9 @@ def scatter(x: Array, axis_name: AxisName, pieces: Sequence[int]) -> Array:
     An all-to-all a piece of each row.
     """
     parts = split(vary(x, axis_name), pieces, 1)
-    return jnp.concatenate([lax.all_to_all(part, axis_name, 0, 0) for part in parts], axis=1)
+    with _one_kind(axis_name):
+        parts = [lax.all_to_all(part, axis_name, 0, 0) for part in parts]
+    return jnp.concatenate(parts, axis=1)
 
 
 def total(x: Array, axis_name: AxisName) -> Array:

@@ -154,18 +154,28 @@ def check_differ(axes: tuple[str, ...], state: Any, params: Any) -> None:
             )
 
 
-def _undeclared(state: Any) -> list[str]:
+def _undeclared(node: Any) -> list[str]:
     """Names of the states that keep arrays, and say of none that it is the same on all workers."""
-    is_node = lambda x: roles_of(x) is not None or hasattr(x, "_fields")  # noqa: E731
-    found = []
-    for node in jax.tree.leaves(state, is_leaf=is_node):
-        if roles_of(node) is None and hasattr(node, "_fields"):
-            inside = [x for x in node if any(map(is_node, jax.tree.leaves(x, is_leaf=is_node)))]
-            if inside:
-                found += _undeclared(tuple(inside))
-            elif jax.tree.leaves(node):
-                found.append(type(node).__name__)
-    return sorted(set(found))
+    roles = roles_of(node)
+    if roles is not None and (roles.exchange or roles.once):
+        return []
+    if not hasattr(node, "_fields"):
+        children = node.values() if isinstance(node, dict) else node
+        inside = children if isinstance(node, dict | list | tuple) else ()
+        return sorted({name for child in inside for name in _undeclared(child)})
+    named = (*roles.own, *roles.shared) if roles else ()
+    found: set[str] = set()
+    for field in set(node._fields) - set(named):
+        child = getattr(node, field)
+        deeper = _undeclared(child)
+        has_states = any(hasattr(x, "_fields") for x in jax.tree.leaves(child, is_leaf=_is_state))
+        found |= set(deeper) if has_states else set()
+        found |= {type(node).__name__} if jax.tree.leaves(child) and not has_states else set()
+    return sorted(found)
+
+
+def _is_state(node: Any) -> bool:
+    return hasattr(node, "_fields")
 
 
 def is_traced(tree: Any) -> bool:

@@ -86,7 +86,7 @@ class Driver:
         self.company = Company(place.devices)
         self._agree, self._one = agree, one
         self._look = audit.check_on_schedule(agree)
-        self._last: Any = lambda: None  # a weak reference into the state that was returned last
+        self._last: list[Any] = []  # weak references to the arrays of the state it returned last
         self._calls = 0
         here = jax.process_index()
         virtual = sum(d.platform == "cpu" and d.process_index == here for d in place.devices) > 1
@@ -133,13 +133,11 @@ class Driver:
             params, model_state, state = _apart((params, model_state, state))
         return params, model_state, state, batch, extra
 
-    def _mark(self, state: Any) -> Any:
-        """An array by which a state is known again."""
-        return next((x for x in jax.tree.leaves(state) if isinstance(x, jax.Array)), None)
-
     def _is_new(self, state: Any) -> bool:
-        mark = self._mark(state)
-        return mark is None or self._last() is not mark
+        """Whether this is not what the step returned last: nothing then needs a second look."""
+        leaves = jax.tree.leaves(state)
+        same = len(leaves) == len(self._last)
+        return not same or any(x is not ref() for x, ref in zip(leaves, self._last, strict=True))
 
     def _of_tx(self, params: Any, state: Any) -> Any:
         """The state, if it is whole and of this transformation."""
@@ -152,7 +150,7 @@ class Driver:
         if self.place.stacked:
             spread = lambda x: x if is_once(x) else stacked(x)  # noqa: E731
             shapes = jax.tree.map(spread, shapes, is_leaf=is_once)
-            state = _whole.with_health(state, shapes)
+            state = _whole.with_health(_whole.with_rates(state, n), shapes)
         _whole.check_fits(state, shapes)
         if self.place.stacked:
             checks.check_by_worker(
@@ -201,8 +199,7 @@ class Driver:
             if (self.place.watched or self.company.several) and self.place.workers > 1:
                 self._look(params, declared or not self.place.watched)
             self._warn(metrics)
-            mark = self._mark(state)
-            self._last = (lambda: None) if mark is None else weakref.ref(mark)
+            self._last = [weakref.ref(x) for x in jax.tree.leaves(state)]
             return self.join(out)
 
     def _warn(self, metrics: Metrics) -> None:

@@ -120,6 +120,25 @@ def check_fits(state: Any, expected: Any) -> None:
     )
 
 
+def with_rates(state: Any, n: int) -> Any:
+    """The state with injected hyperparameters for every worker, where one was set by hand."""
+
+    def is_injected(node: Any) -> bool:
+        return hasattr(node, "_replace") and isinstance(getattr(node, "hyperparams", None), dict)
+
+    def spread(x: Any) -> Any:
+        return np.broadcast_to(np.asarray(x), (n,)) if np.ndim(x) == 0 else x
+
+    def one(node: Any) -> Any:
+        if not is_injected(node):
+            return node
+        node = node._replace(hyperparams=jax.tree.map(spread, node.hyperparams))
+        inner = getattr(node, "inner_state", None)
+        return node if inner is None else node._replace(inner_state=with_rates(inner, n))
+
+    return jax.tree.map(one, state, is_leaf=is_injected)
+
+
 def with_health(state: Any, expected: Any) -> Any:
     """The state with health figures of the transformation's own form.
 
