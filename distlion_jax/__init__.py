@@ -26,6 +26,10 @@ Train steps:
     local                       parameters to differentiate, for nnx and Equinox
     make_global_batch           one batch of the rows that every process has loaded
     unstack, stack              the state's worker axis, off and on, in such a function
+    resize_state                a state for another number of workers
+    from_lion_state             optax.lion's state for all workers
+    to_lion_state               and back, with the mean of their momenta
+    set_hyperparams             injected hyperparameters, set by hand
     state_specs                 PartitionSpec of a state, for such a function
     vote_health, mean_health    how the last round went, from a state
     replicas_agree, all_same    compare what devices hold, bit for bit
@@ -81,6 +85,7 @@ from distlion_jax.sync import SynchronizeMomentumState, synchronize_momentum
 from distlion_jax.train import (
     Metrics,
     all_same,
+    from_lion_state,
     init_state,
     local,
     local_value_and_grad,
@@ -91,8 +96,11 @@ from distlion_jax.train import (
     pmap_replicate,
     replicas_agree,
     replicate,
+    resize_state,
+    set_hyperparams,
     stack,
     state_specs,
+    to_lion_state,
     unstack,
     vote_health,
     worker_mesh,
@@ -124,6 +132,7 @@ __all__ = [
     "exchange",
     "forecast_all_reduce",
     "forecast_vote",
+    "from_lion_state",
     "full_precision_cost",
     "init_state",
     "join",
@@ -138,11 +147,14 @@ __all__ = [
     "replicas_agree",
     "replicate",
     "replicated",
+    "resize_state",
     "scale_by_averaged_lion",
     "scale_by_distributed_lion",
+    "set_hyperparams",
     "stack",
     "state_specs",
     "synchronize_momentum",
+    "to_lion_state",
     "unstack",
     "vote_health",
     "wire_cost",

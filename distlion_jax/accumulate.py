@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.typing import ArrayLike
 
 from distlion_jax._promotion import default_promotion
 from distlion_jax._vote import wire
@@ -26,7 +27,7 @@ __all__ = ["accumulate_gradients"]
 
 def accumulate_gradients(
     tx: optax.GradientTransformation,
-    every_k_schedule: int | Callable[[Array], Any],
+    every_k_schedule: int | Callable[[ArrayLike], ArrayLike],
     use_grad_mean: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """``optax.MultiSteps`` for transformations that make workers agree.
@@ -72,10 +73,17 @@ def adopt(tx: Any) -> optax.GradientTransformationExtraArgs:
 
 def _once_a_round(multi: optax.MultiSteps) -> optax.GradientTransformationExtraArgs:
     """The same accumulation, with the inner transformation in a branch that is rarely taken."""
+    skips = multi._should_skip_update_fn  # type: ignore[attr-defined]
+    if not getattr(skips, "__qualname__", "").startswith("MultiSteps.__init__."):
+        raise ValueError(
+            f"`should_skip_update_fn` {skips!r} of optax.MultiSteps decides by one worker's "
+            "numbers, and workers that skip by themselves lose step with the others. Leave it out: "
+            "a worker with numbers that are not finite sits the update out by itself."
+        )
     inner = with_extra_args(multi.inner_opt)
 
     @default_promotion
-    def add(updates: Any, state: optax.MultiStepsState) -> Any:
+    def add(updates: Any, state: Any) -> Any:
         """``acc + (g - acc) / (number + 1)``, or their sum, in the accumulator's dtype."""
         mean, number = multi._use_grad_mean, state.mini_step  # type: ignore[attr-defined]
 
@@ -85,9 +93,7 @@ def _once_a_round(multi: optax.MultiSteps) -> optax.GradientTransformationExtraA
 
         return jax.tree.map(one, updates, state.acc_grads)
 
-    def update(
-        updates: Any, state: optax.MultiStepsState, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, optax.MultiStepsState]:
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         total = add(updates, state)
         k = multi._every_k_schedule(state.gradient_step)  # type: ignore[attr-defined]
         due = state.mini_step >= jnp.asarray(k - 1, state.mini_step.dtype)

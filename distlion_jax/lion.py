@@ -57,6 +57,12 @@ class ScaleByDistributedLionState(NamedTuple):
         shares_itself=True,
     )
 
+    @classmethod
+    def from_momentum(cls, count: ArrayLike, mu: Any) -> "ScaleByDistributedLionState":
+        """One worker's state with this momentum, and no round of its own yet."""
+        health = verdict.no_health(Rules(), len(jax.tree.leaves(mu)))
+        return cls(jnp.asarray(count), mu, health, stamp.blank())
+
 
 def cast(
     context: Round, updates: optax.Updates, mu: optax.Updates, b1: ArrayLike, b2: ArrayLike

@@ -10,6 +10,7 @@ travels with the state that it marks, so that train steps can see it
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from distlion_jax._vote.turnout import Round
@@ -18,6 +19,11 @@ from distlion_jax._vote.turnout import Round
 def blank() -> Array:
     """Of a state that no worker has used: ``int32[2]`` of zeros."""
     return jnp.zeros([2], jnp.int32)
+
+
+def marks(n: int) -> np.ndarray:
+    """``int32[n, 2]``: of all n workers."""
+    return np.stack([np.arange(n), np.full(n, n)], axis=1).astype(np.int32)
 
 
 def mark(stamp: Array, context: Round) -> Array:

@@ -134,7 +134,7 @@ def sane(b1: ArrayLike, b2: ArrayLike, mu: Any, *from_zero: ArrayLike) -> Array:
     return inside
 
 
-def remember(g: Array, m: Array, b2: ArrayLike) -> Array:
+def remember(g: Array, m: Array, b2: Any) -> Array:
     """``b2 m + (1 - b2) g`` in the momentum's dtype, in Optax's order of operations.
 
     The momentum is multiplied in its own dtype, by ``b2`` rounded to it. Multiplied in float32 by
@@ -143,7 +143,7 @@ def remember(g: Array, m: Array, b2: ArrayLike) -> Array:
     return ((1.0 - b2) * g + jnp.asarray(b2).astype(m.dtype) * m).astype(m.dtype)
 
 
-def blend(g: Array, m: Array, b1: ArrayLike) -> Array:
+def blend(g: Array, m: Array, b1: Any) -> Array:
     """``b1 m + (1 - b1) g``: what a worker's sign is of, in Optax's order of operations."""
     return (1.0 - b1) * g + b1 * m
 

@@ -115,7 +115,7 @@ def gather(x: Array, axis_name: AxisName, pieces: Sequence[int]) -> Array:
 
 @contextlib.contextmanager
 def _one_kind(axis_name: AxisName) -> Iterator[None]:
-    """A clear error where workers lie on a mesh axis and a vmapped one: JAX moves no words there."""
+    """A clear error where workers lie on a mesh axis and a vmapped one: no words move there."""
     try:
         yield
     except AssertionError as error:
@@ -172,6 +172,11 @@ def from_first(tree: Any, axis_name: AxisName) -> Any:
     return jax.tree.map(lambda x, like: x.astype(like.dtype), sums, tree)
 
 
+def is_key(x: Any) -> bool:
+    """Whether ``x`` is an array of typed random keys, which are no numbers."""
+    return jnp.issubdtype(getattr(x, "dtype", np.float32), jax.dtypes.prng_key)
+
+
 def copies_of_first(tree: Any, axis_name: AxisName) -> Any:
     """Worker 0's arrays, on all workers, bit for bit: an all-reduce of their bits.
 
@@ -181,7 +186,7 @@ def copies_of_first(tree: Any, axis_name: AxisName) -> Any:
 
     def one(x: Any) -> Array:
         x = jnp.asarray(x)
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        if is_key(x):
             return jax.random.wrap_key_data(
                 one(jax.random.key_data(x)), impl=jax.random.key_impl(x)
             )

@@ -31,7 +31,7 @@ def checksum(tree: Any) -> Array:
     total = jnp.uint32(0)
     for x in jax.tree.leaves(tree):
         x = jnp.asarray(x)
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        if wire.is_key(x):
             x = jax.random.key_data(x)
         if x.dtype == jnp.bool_:
             x = x.astype(jnp.uint8)

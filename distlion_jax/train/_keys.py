@@ -10,7 +10,6 @@ A state is made once and copied to all workers, keys included. Noise before a vo
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from distlion_jax._vote import wire
@@ -30,9 +29,7 @@ def own_keys(state: Any, axes: tuple[str, ...]) -> Any:
     last = max((i for i, node in enumerate(nodes) if is_exchange(node)), default=-1)
 
     def fold(key: Any) -> Any:
-        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-            return jax.random.fold_in(key, wire.worker(axes))
-        return key
+        return jax.random.fold_in(key, wire.worker(axes)) if wire.is_key(key) else key
 
     def one(i: int, node: Any) -> Any:
         if i >= last or is_exchange(node) or is_once(node):
@@ -41,6 +38,6 @@ def own_keys(state: Any, axes: tuple[str, ...]) -> Any:
             key = node.rng_key  # typed, or the two words of old
             mine = jax.random.fold_in(key, wire.worker(axes))
             return node._replace(rng_key=mine)
-        return fold(node) if hasattr(node, "dtype") else node
+        return fold(node)
 
     return treedef.unflatten([one(i, node) for i, node in enumerate(nodes)])

@@ -112,6 +112,8 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
       >>> replicate({"w": jnp.zeros(3)}, worker_mesh(8))["w"].is_fully_replicated
       True
     """
+    if not spans_processes(mesh.devices.flat):  # arrays may lie on other devices
+        tree = jax.device_put(tree, NamedSharding(mesh, P()))
     return _copies(mesh)(tree)
 
 

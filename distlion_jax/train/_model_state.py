@@ -44,7 +44,7 @@ def agree(new: Any, old: Any, entered: Array, axes: tuple[str, ...]) -> Any:
     def one(x: Any, x0: Any, chosen: bool) -> Array:
         if chosen:
             return jnp.where(health.workers > 0, next(averaged), x0).astype(x0.dtype)
-        if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
+        if wire.is_key(x):
             data = wire.from_first(jax.random.key_data(x), axes)
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
         whole = wire.largest(jnp.where(entered, x, x0).astype(jnp.int32), axes)

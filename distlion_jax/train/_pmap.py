@@ -5,15 +5,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 
 from distlion_jax._rules import check_static
 from distlion_jax._vote import wire
+from distlion_jax._vote.wire import is_key
 from distlion_jax.train import _audit as audit
 from distlion_jax.train import _checks as checks
 from distlion_jax.train._checks import check_by_worker
-from distlion_jax.train._drive import MOST_PARTS, Driver, Place, Step
+from distlion_jax.train._drive import MOST_PARTS, Driver, Place
 from distlion_jax.train._processes import spans_processes
 from distlion_jax.train._worker import worker_step
 
@@ -28,7 +29,7 @@ def make_pmap_train_step(
     microbatches: int = 1,
     devices: Sequence[Any] | None = None,
     donate: bool = True,
-) -> Step:
+) -> Callable[..., tuple[Any, ...]]:
     """The same step under ``jax.pmap``, for scripts that are built on it.
 
     Parameters and state carry a leading worker axis (:func:`pmap_replicate`; the state is of the
@@ -144,8 +145,15 @@ def pmap_replicate(tree: Any, devices: Sequence[Any] | None = None) -> Any:
     """
     devices = all_devices(devices)
     here = sum(d.process_index == jax.process_index() for d in devices)
-    stacked = jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * here), tree)
-    copy = lambda t: t  # noqa: E731
-    if spans_processes(devices):
-        copy = lambda t: wire.copies_of_first(t, "workers")  # noqa: E731
-    return jax.pmap(copy, "workers", devices=devices)(stacked)
+    leaves, treedef = jax.tree.flatten(tree)
+    kinds = [jax.random.key_impl(x) if is_key(x) else None for x in leaves]
+    host = [np.asarray(jax.random.key_data(x) if is_key(x) else x) for x in leaves]
+    stacked = [np.broadcast_to(x, (here, *x.shape)) for x in host]
+
+    def copy(arrays: list[Any]) -> list[Any]:
+        if spans_processes(devices):
+            arrays = wire.copies_of_first(arrays, "workers")
+        pairs = zip(arrays, kinds, strict=True)
+        return [x if kind is None else jax.random.wrap_key_data(x, impl=kind) for x, kind in pairs]
+
+    return treedef.unflatten(jax.pmap(copy, "workers", devices=devices)(stacked))

@@ -76,12 +76,15 @@ def check_whole(state: Any, sizes: tuple[int, ...]) -> None:
         kept = len({tuple(row) for row in rows[mine][used]})
         before = sorted(set(rows[mine][used, 1].tolist()))
         if not used.all():
-            what = f"only {int(used.sum())} of {n} workers have one; the others begin at 0"
+            what = f"{int(used.sum())} of {n} workers hold a momentum, the others begin at 0"
+        elif before == [n] and kept < n:
+            what = f"its {n} rows are the momenta of {kept} of the {n} workers"
         elif before == [n]:
-            what = f"the {n} workers hold those of {kept} workers only, or in another order"
+            what = "its rows are in another order than the workers"
         else:
-            what = f"it was made by {' and '.join(map(str, before))} workers, and {kept} are left"
-        complaint = f"`state` was torn: of the workers' own momenta {what}. {CURE}"
+            made = " and ".join(map(str, before))
+            what = f"{made} workers made it, and the momenta of {kept} are left, for {n} workers"
+        complaint = f"`state` was torn: {what}. {CURE}"
         by_hand = isinstance(stamp, np.ndarray) and used.all() and len(before) == 1
         if by_hand and before != [n] and kept == min(n, before[0]):
             warnings.warn(complaint, stacklevel=4)

@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Going on elsewhere: with other workers, from Lion's state or back to it, with other rates.
+
+In:  a state as it lies outside the mapped function, with a leading worker axis, on devices or as
+     NumPy. Out: another one, whole, and stamped as such.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from distlion_jax._rules import AxisName, check_choice
+from distlion_jax._vote.stamp import marks
+from distlion_jax._vote.wire import is_key
+from distlion_jax.exchanges import exchanges, is_once, map_fields, roles_of
+from distlion_jax.lion import ScaleByDistributedLionState
+from distlion_jax.train._placement import Placement
+
+How = Literal["mean", "rows"]
+
+
+def resize_state(state: Any, mesh: Mesh, axis_name: AxisName = "data", *, how: How = "mean") -> Any:
+    r"""A state of some workers as one of other workers: a run goes on with fewer or more.
+
+    Momenta are each worker's own, and there is no right number of them for other workers. With
+    ``"mean"`` every new worker begins with :math:`\frac{1}{n} \sum_i m_i`. That keeps what all of
+    them knew, and the mean of the momenta over the workers, on which the votes centre; it is what
+    full-precision Lion would hold. The same holds for what a compressor has not sent yet.
+
+    Args:
+      state: of any number of workers, in the form of :func:`distlion_jax.init_state` or of pmap; on
+        devices, or as NumPy. In several processes all of them call this.
+      mesh: the mesh to go on with.
+      axis_name: its axis, or axes, that the workers lie on.
+      how: ``"mean"``; or ``"rows"``: worker i takes the momentum of worker ``i mod n``. That loses
+        momenta where there are fewer workers, and repeats them where there are more.
+
+    Returns:
+      The state in the form of :func:`distlion_jax.init_state`, placed on the mesh. Step counts,
+      hyperparameters and what is :func:`distlion_jax.replicated` are carried over.
+
+    Raises:
+      ValueError: for a state without a worker axis.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from distlion_jax import init_state, scale_by_distributed_lion, worker_mesh
+      >>> state = init_state(scale_by_distributed_lion(), {"w": jnp.zeros(3)}, worker_mesh(8))
+      >>> resize_state(state, worker_mesh(4)).mu["w"].shape
+      (4, 3)
+    """
+    check_choice("how", how, ("mean", "rows"))
+    place = Placement(mesh, axis_name)
+    old, new = workers_of(state), place.workers
+
+    def spread(x: Any) -> Any:
+        if is_key(x):  # steps fold a worker's index in
+            data = spread(jax.random.key_data(x))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+        x = _on_host(x)
+        if x.shape[:1] != (old,):
+            raise ValueError(
+                f"`state` has a leaf of shape {x.shape}; a leading axis of {old}, one entry a "
+                "worker, was expected."
+            )
+        if how == "rows" or not jnp.issubdtype(x.dtype, jnp.inexact):
+            return x[np.arange(new) % old]
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        mean = np.mean(x.astype(wide), axis=0).astype(x.dtype)
+        return np.broadcast_to(mean, (new, *mean.shape))
+
+    def shared(x: Any) -> Any:
+        x = _on_host(x)
+        return np.broadcast_to(x[:1], (new, *x.shape[1:]))
+
+    made = _map(spread, shared, lambda x: _one_copy(x, old), state)
+    made = _stamped(made, place.workers)
+    specs = place.state(made)
+    return _placed(made, specs, mesh)
+
+
+def workers_of(state: Any) -> int:
+    """How many workers a state is of."""
+    counts = [np.shape(getattr(node, "count", ())) for node in exchanges(state)]
+    counts += [
+        np.shape(x)
+        for node in jax.tree.leaves(state, is_leaf=is_once)
+        if not is_once(node)
+        for x in jax.tree.leaves(node)
+    ]
+    sizes = [shape for shape in counts if shape]
+    if not sizes:
+        raise ValueError(
+            "`state` has no worker axis: it is one worker's, as tx.init makes it. init_state and "
+            "pmap_replicate make it for all; unreplicate takes one worker's copy, and loses the "
+            "others' momenta."
+        )
+    return sizes[0][0]
+
+
+def _on_host(x: Any) -> np.ndarray:
+    if not getattr(x, "is_fully_addressable", True):
+        x = multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
+
+
+def _one_copy(node: Any, old: int) -> Any:
+    """What is stored once: as it is, or the first of the equal copies that pmap stacks."""
+    leaves = [_on_host(x) for x in jax.tree.leaves(node)]
+    stacked = bool(leaves) and all(x.shape[:1] == (old,) and (x == x[:1]).all() for x in leaves)
+    if stacked:
+        leaves = [x[0] for x in leaves]
+    return jax.tree.unflatten(jax.tree.structure(node), leaves)
+
+
+def _declares(node: Any) -> bool:
+    return roles_of(node) is not None
+
+
+def _map(
+    own: Callable[[Any], Any], shared: Callable[[Any], Any], once: Callable[[Any], Any], state: Any
+) -> Any:
+    """Maps every array of a state by what its class declares of it."""
+
+    def one(node: Any) -> Any:
+        if (roles := roles_of(node)) is None:
+            return own(node)
+        if roles.once:
+            return once(node)
+
+        def field(role: str, name: str, x: Any) -> Any:
+            del name
+            if role == "shared":
+                return jax.tree.map(shared, x)
+            return jax.tree.map(own, x) if role == "own" else _map(own, shared, once, x)
+
+        return map_fields(field, node, roles)
+
+    return jax.tree.map(one, state, is_leaf=_declares)
+
+
+def _stamped(state: Any, n: int) -> Any:
+    """The state with stamps of n whole workers, where its own say that it was used."""
+
+    def one(node: Any) -> Any:
+        if (roles := roles_of(node)) is None:
+            return node
+        node = map_fields(lambda role, _, x: x if role else _stamped(x, n), node, roles)
+        if getattr(node, "stamp", None) is None:
+            return node
+        used = np.asarray(node.stamp)[:, 1].any()
+        return node._replace(stamp=marks(n) if used else np.zeros_like(marks(n)))
+
+    return jax.tree.map(one, state, is_leaf=_declares)
+
+
+def _placed(state: Any, specs: Any, mesh: Mesh) -> Any:
+    def put(spec: P, part: Any) -> Any:
+        sharding = NamedSharding(mesh, spec)
+
+        def place(x: Any) -> jax.Array:
+            if is_key(x):
+                data = place(np.asarray(jax.random.key_data(x)))
+                return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+            return jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
+
+        return jax.tree.map(place, part)
+
+    return jax.tree.map(put, specs, state, is_leaf=lambda x: isinstance(x, P))
+
+
+def _is_lion(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByLionState | ScaleByDistributedLionState)
+
+
+def from_lion_state(state: Any, mesh: Mesh, axis_name: AxisName = "data") -> Any:
+    """The state of ``optax.lion`` as that of :func:`distlion_jax.distributed_lion`.
+
+    Every worker begins with a copy of Lion's momentum.
+
+    Args:
+      state: of ``optax.lion``, or of a chain with ``optax.scale_by_lion``; without a worker axis.
+      mesh: the mesh to go on with.
+      axis_name: its axis, or axes, that the workers lie on.
+
+    Raises:
+      ValueError: for a state in which there is no Lion.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from distlion_jax import worker_mesh
+      >>> state = optax.lion(1e-3).init({"w": jnp.zeros(3)})
+      >>> from_lion_state(state, worker_mesh(8))[0].mu["w"].shape
+      (8, 3)
+    """
+    nodes = jax.tree.leaves(state, is_leaf=_is_lion)
+    if not any(isinstance(node, optax.ScaleByLionState) for node in nodes):
+        raise ValueError(
+            "`state` holds no state of optax.scale_by_lion: pass that of optax.lion(...), or of a "
+            "chain with it."
+        )
+    place = Placement(mesh, axis_name)
+
+    def convert(node: Any) -> Any:
+        if not isinstance(node, optax.ScaleByLionState):
+            return node
+        return ScaleByDistributedLionState.from_momentum(node.count, node.mu)
+
+    whole = jax.tree.map(convert, state, is_leaf=_is_lion)
+    rows = lambda x: np.broadcast_to(_on_host(x), (place.workers, *np.shape(x)))  # noqa: E731
+    made = jax.tree.map(lambda x: x if is_once(x) else rows(x), whole, is_leaf=is_once)
+    return _placed(made, place.state(made), mesh)
+
+
+def to_lion_state(state: Any) -> Any:
+    """The state of :func:`distlion_jax.distributed_lion` as that of ``optax.lion``.
+
+    Lion's momentum is the mean of the workers'. The result has no worker axis.
+
+    Args:
+      state: with a leading worker axis.
+
+    Raises:
+      ValueError: for a state in which there is no vote.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from distlion_jax import distributed_lion, init_state, worker_mesh
+      >>> state = init_state(distributed_lion(1e-3), {"w": jnp.zeros(3)}, worker_mesh(8))
+      >>> to_lion_state(state)[0].mu["w"].shape
+      (3,)
+    """
+    nodes = jax.tree.leaves(state, is_leaf=_is_lion)
+    if not any(isinstance(node, ScaleByDistributedLionState) for node in nodes):
+        raise ValueError(
+            "`state` holds no state of a vote: pass that of distributed_lion(...), with its "
+            "worker axis."
+        )
+    old = workers_of(state)
+
+    def mean(x: Any) -> Any:
+        x = _on_host(x)
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            return jnp.asarray(x[0])
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        return jnp.asarray(np.mean(x.astype(wide), axis=0).astype(x.dtype))
+
+    first = lambda x: jnp.asarray(_on_host(x)[0])  # noqa: E731
+    one = _map(mean, first, lambda x: jax.tree.map(jnp.asarray, _one_copy(x, old)), state)
+
+    def convert(node: Any) -> Any:
+        if isinstance(node, ScaleByDistributedLionState):
+            return optax.ScaleByLionState(node.count, node.mu)
+        return node
+
+    return jax.tree.map(convert, one, is_leaf=_is_lion)
+
+
+def set_hyperparams(state: Any, **values: Any) -> Any:
+    """The state with other values of injected hyperparameters, for all workers.
+
+    Args:
+      state: of a transformation made with ``optax.inject_hyperparams``; with or without a worker
+        axis.
+      **values: numbers, by the names of the hyperparameters.
+
+    Raises:
+      ValueError: for a name that no part of the state has.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from distlion_jax import distributed_lion, init_state, worker_mesh
+      >>> tx = optax.inject_hyperparams(distributed_lion)(1e-3)
+      >>> state = init_state(tx, {"w": jnp.zeros(3)}, worker_mesh(8))
+      >>> set_hyperparams(state, learning_rate=0.5).hyperparams["learning_rate"].shape
+      (8,)
+    """
+    known: set[str] = set()
+
+    def is_injected(node: Any) -> bool:
+        return hasattr(node, "_replace") and isinstance(getattr(node, "hyperparams", None), dict)
+
+    def one(node: Any) -> Any:
+        if not is_injected(node):
+            return node
+        known.update(node.hyperparams)
+        new = {
+            name: jax.tree.map(lambda x, name=name: jnp.full_like(x, values[name]), old)
+            if name in values
+            else old
+            for name, old in node.hyperparams.items()
+        }
+        inner = jax.tree.map(one, node.inner_state, is_leaf=is_injected)
+        return node._replace(hyperparams=new, inner_state=inner)
+
+    made = jax.tree.map(one, state, is_leaf=is_injected)
+    if missing := sorted(set(values) - known):
+        raise ValueError(
+            f"`{missing[0]}` is no injected hyperparameter of this state, which has "
+            f"{sorted(known)}. Make the transformation with optax.inject_hyperparams(...)."
+        )
+    return made
