@@ -200,7 +200,18 @@ def check_declared(state: Any) -> None:
 
 
 def check_shapes(name: str, old: Any, new: Any) -> None:
-    """Raises where a step changed shapes: a state that does not fit was broadcast."""
+    """Raises where a step changed the structure, or shapes: what does not fit was broadcast."""
+    if jax.tree.structure(old) != jax.tree.structure(new):
+        before, after = (
+            {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
+            for tree in (old, new)
+        )
+        changed = min(before ^ after, default="")
+        raise ValueError(
+            f"`{name}{changed}` is there before or after `tx.update` only: the structure changes, "
+            "and a compiled step cannot carry it on. optax.monitor does this: use optax.snapshot, "
+            "or let loss_fn return the figure as aux."
+        )
     pairs = zip(jax.tree_util.tree_leaves_with_path(old), jax.tree.leaves(new), strict=True)
     for (path, before), after in pairs:
         if np.shape(before) != np.shape(after):

@@ -39,7 +39,11 @@ def _parts(out: Any, model_state: Any, has_aux: bool, has_model_state: bool) -> 
             model_state = rest
     else:
         loss = out
-    if jnp.shape(loss) or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+    if (
+        jax.tree.structure(loss).num_nodes > 1
+        or jnp.shape(loss)
+        or not jnp.issubdtype(jnp.result_type(loss), jnp.floating)
+    ):
         raise ValueError(
             complaint + "The loss is a real scalar: the mean over this worker's batch. "
             "has_aux=True takes what comes beside it."
