@@ -20,9 +20,15 @@ from jax.typing import ArrayLike
 
 from distlion_jax._promotion import default_promotion
 from distlion_jax._vote import wire
-from distlion_jax.exchanges import with_extra_args
+from distlion_jax.exchanges import Roles, exchanges, with_extra_args
 
-__all__ = ["accumulate_gradients"]
+__all__ = ["AccumulateState", "accumulate_gradients"]
+
+
+class AccumulateState(optax.MultiStepsState):
+    """State of :func:`accumulate_gradients`: that of ``optax.MultiSteps``, known as ours."""
+
+    roles = Roles(shared=("mini_step", "gradient_step"))
 
 
 def accumulate_gradients(
@@ -60,7 +66,22 @@ def accumulate_gradients(
       >>> print(first[0], second[0])
       [0.] [1.]
     """
-    return _once_a_round(optax.MultiSteps(tx, every_k_schedule, use_grad_mean))
+    made = _once_a_round(optax.MultiSteps(tx, every_k_schedule, use_grad_mean))
+
+    def init(params: Any) -> Any:
+        return AccumulateState(*made.init(params))
+
+    return made._replace(init=init)
+
+
+def sends_too_often(state: Any) -> bool:
+    """Whether an ``optax.MultiSteps`` inside a state exchanges in every micro-step."""
+
+    def is_multi(node: Any) -> bool:
+        return type(node) is optax.MultiStepsState
+
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: x is not state and is_multi(x))
+    return any(is_multi(node) and bool(exchanges(node.inner_opt_state)) for node in nodes)
 
 
 def adopt(tx: Any) -> optax.GradientTransformationExtraArgs:

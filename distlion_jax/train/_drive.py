@@ -87,6 +87,7 @@ class Driver:
         self._agree, self._one = agree, one
         self._look = audit.check_on_schedule(agree)
         self._last: list[Any] = []  # weak references to the arrays of the state it returned last
+        self._form: Any = None  # its structure
         self._calls = 0
         here = jax.process_index()
         virtual = sum(d.platform == "cpu" and d.process_index == here for d in place.devices) > 1
@@ -135,9 +136,10 @@ class Driver:
 
     def _is_new(self, state: Any) -> bool:
         """Whether this is not what the step returned last: nothing then needs a second look."""
-        leaves = jax.tree.leaves(state)
-        same = len(leaves) == len(self._last)
-        return not same or any(x is not ref() for x, ref in zip(leaves, self._last, strict=True))
+        leaves, form = jax.tree.flatten(state)
+        if self._form is None or form != self._form:
+            return True
+        return any(x is not ref() for x, ref in zip(leaves, self._last, strict=True))
 
     def _of_tx(self, params: Any, state: Any) -> Any:
         """The state, if it is whole and of this transformation."""
@@ -199,7 +201,8 @@ class Driver:
             if (self.place.watched or self.company.several) and self.place.workers > 1:
                 self._look(params, declared or not self.place.watched)
             self._warn(metrics)
-            self._last = [weakref.ref(x) for x in jax.tree.leaves(state)]
+            leaves, self._form = jax.tree.flatten(state)
+            self._last = [weakref.ref(x) for x in leaves]
             return self.join(out)
 
     def _warn(self, metrics: Metrics) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The step of one worker, whatever maps it: gradient, update, figures."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import optax
 from distlion_jax._rounds import Healthy, listen
 from distlion_jax._vote import wire
 from distlion_jax._vote.turnout import all_finite, finite_mean
-from distlion_jax.accumulate import adopt
+from distlion_jax.accumulate import adopt, sends_too_often
 from distlion_jax.finite import keep_finite
 from distlion_jax.train import _model_state
 from distlion_jax.train._checks import check_shapes, check_unconditional, stands_side_by_side
@@ -63,6 +64,13 @@ def worker_step(
         params: Any, model_state: Any, state: Any, batch: Any, rng: Any, extra: dict[str, Any]
     ) -> tuple[Any, ...]:
         check_unconditional(state)
+        if sends_too_often(state):
+            warnings.warn(
+                "`tx` holds a vote or an average in an optax.MultiSteps inside another "
+                "transformation: it is exchanged in every micro-step, and most of it thrown away. "
+                "Use distlion_jax.accumulate_gradients there, or microbatches=k in the step.",
+                stacklevel=2,
+            )
         key = None if rng is None else jax.random.fold_in(rng, wire.worker(axes))
         loss, seen, aux, grads = gradient(params, model_state, batch, key)
         # Optimizers that look at the loss get the workers' mean; where none does, XLA drops it.
