@@ -31,9 +31,10 @@ def by_worker(extra: dict[str, Any], n: int, local: int) -> dict[str, Any]:
         elif shapes != {(local,)}:
             whose = "one entry a worker" if n == local else "an entry for each of this process's"
             example = f"numpy.full({local}, {value!r})" if shapes == {()} else "numpy.ones(...)"
+            found = next(s for s in map(np.shape, jax.tree.leaves(value)) if s[:1] != (local,))
             raise ValueError(
-                f"`{name}` has shape {[np.shape(x) for x in jax.tree.leaves(value)]}; a leading "
-                f"axis of {local}, {whose}, was expected, as {example} has it."
+                f"`{name}` has shape {found}; a leading axis of {local}, {whose}, was expected, as "
+                f"{example} has it."
             )
         out[name] = value
     return out

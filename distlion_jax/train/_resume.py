@@ -88,14 +88,11 @@ def resize_state(state: Any, mesh: Mesh, axis_name: AxisName = "data", *, how: H
 
 def workers_of(state: Any) -> int:
     """How many workers a state is of."""
-    counts = [np.shape(getattr(node, "count", ())) for node in exchanges(state)]
-    counts += [
-        np.shape(x)
-        for node in jax.tree.leaves(state, is_leaf=is_once)
-        if not is_once(node)
-        for x in jax.tree.leaves(node)
-    ]
-    sizes = [shape for shape in counts if shape]
+    shapes = [np.shape(node.count) for node in exchanges(state) if hasattr(node, "count")]
+    if not shapes:
+        nodes = jax.tree.leaves(state, is_leaf=is_once)
+        shapes = [np.shape(x) for x in nodes if not is_once(x)]
+    sizes = [shape for shape in shapes if shape]
     if not sizes:
         raise ValueError(
             "`state` has no worker axis: it is one worker's, as tx.init makes it. init_state and "

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes wrong between processes is made right, or said in all of them; over real sockets."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.helpers import free_port
+
+ROOT = pathlib.Path(__file__).parent.parent
+TIMEOUT = 170  # seconds for all processes of a situation
+SHAPES = [(2, 4), pytest.param((4, 2), marks=pytest.mark.slow)]  # processes, devices of each
+
+
+def run(folder, situation, processes, devices):
+    """What each process made of a situation; all are killed at the timeout."""
+    port, started = free_port(), []
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))}
+    files = [folder / f"{situation}-{processes}-{i}.npz" for i in range(processes)]
+    for i, file in enumerate(files):
+        command = [file, situation, processes, devices, i, port]
+        with open(file.with_suffix(".log"), "wb") as log:
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "tests.company_worker", *map(str, command)],
+                    cwd=ROOT,
+                    env=env,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    deadline = time.monotonic() + TIMEOUT
+    try:
+        while any(p.poll() is None for p in started) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    finally:
+        for p in started:
+            p.kill()
+            p.wait()
+    if not all(file.exists() for file in files):
+        logs = [f"--- {f.name}\n{f.read_text()[-3000:]}" for f in sorted(folder.glob("*.log"))]
+        pytest.fail(f"no result within {TIMEOUT} s\n" + "\n".join(logs), pytrace=False)
+    return [dict(np.load(file)) for file in files]
+
+
+@pytest.fixture(params=SHAPES, ids=lambda shape: f"{shape[0]} processes")
+def shape(request):
+    return request.param
+
+
+def test_several_processes_are_one(shape, tmp_path):
+    alone = run(tmp_path, "same_as_one_process", 1, 8)[0]
+    assert len(alone) == 6 * 4 + 3
+    for results in run(tmp_path, "same_as_one_process", *shape):
+        assert results.keys() == alone.keys()
+        for name, x in alone.items():
+            if name.endswith(("loss", "[1]")):  # float sums, in another order
+                np.testing.assert_allclose(results[name], x, rtol=1e-6)
+            else:
+                assert results[name].tobytes() == x.tobytes(), name
+            assert not name.endswith("voted") or results[name].shape == (8,)
+
+
+def test_what_differs_by_process_is_made_one_or_named(shape, tmp_path):
+    first, *others = run(tmp_path, "differs", *shape)
+    for results in others:
+        for name in (x for x in first if x.startswith("made one")):
+            assert results[name].tobytes() == first[name].tobytes(), name
+    for results in (first, *others):
+        said = {name: str(x) for name, x in results.items() if not name.startswith("made one")}
+        assert "`params['w']` differs by process before the first call" in said["own parameters"]
+        assert "replicate(" in said["own parameters"]
+        for name in ("own rate", "own rate, pmap"):
+            assert "differs by worker after call 1 of this step" in said[name]
+            assert "learning rate" in said[name]
+        assert "`batch` is an array of this process alone" in said["own rows"]
+        assert "make_global_batch(rows, mesh)" in said["own rows"]
+        assert "`rows` has 7 rows" in said["odd rows"]
+
+
+def test_states_are_resized_in_several_processes(shape, tmp_path):
+    alone = run(tmp_path, "resumed", 1, 8)[0]
+    for results in run(tmp_path, "resumed", *shape):
+        assert results.keys() == alone.keys()
+        for name in (x for x in alone if "mu" in x):
+            assert results[name].tobytes() == alone[name].tobytes(), name
+
+
+def test_the_others_are_told_of_a_process_that_raises(shape, tmp_path):
+    *others, last = run(tmp_path, "bad_batch", *shape)
+    assert "`batch` is an array of this process alone" in str(last["said"]) or "rows" in str(
+        last["said"]
+    )
+    for results in others:
+        said = str(results["said"])
+        assert said.startswith(f"RuntimeError: process {shape[0] - 1} raised in call 2"), said
+        assert "ValueError: `batch`" in said
+
+
+def test_the_others_are_told_of_a_process_that_ends(shape, tmp_path):
+    *others, last = run(tmp_path, "fewer_batches", *shape)
+    assert str(last["said"]) == "nothing"
+    for results in others:
+        said = str(results["said"])
+        assert f"process {shape[0] - 1} ended after 1 calls of the step" in said, said
+        assert "the same number of batches" in said
