@@ -59,7 +59,7 @@ from typing import Any
 
 from distlion_jax import _old_paths
 from distlion_jax._rules import TRANSPORTS
-from distlion_jax._version import VERSION
+from distlion_jax._version import __version__ as __version__
 from distlion_jax._vote.turnout import MeanHealth
 from distlion_jax._vote.verdict import VoteHealth
 from distlion_jax.accumulate import accumulate_gradients
@@ -81,11 +81,16 @@ from distlion_jax.lion import (
     scale_by_distributed_lion,
 )
 from distlion_jax.policy import distributed_lion_by_label, wire_cost_by_label
+from distlion_jax.resume import (
+    from_lion_state,
+    resize_state,
+    set_hyperparams,
+    to_lion_state,
+)
 from distlion_jax.sync import SynchronizeMomentumState, synchronize_momentum
 from distlion_jax.train import (
     Metrics,
     all_same,
-    from_lion_state,
     init_state,
     local,
     local_value_and_grad,
@@ -96,17 +101,13 @@ from distlion_jax.train import (
     pmap_replicate,
     replicas_agree,
     replicate,
-    resize_state,
-    set_hyperparams,
     stack,
     state_specs,
-    to_lion_state,
     unstack,
     vote_health,
     worker_mesh,
 )
 
-__version__ = VERSION
 __all__ = [
     "TRANSPORTS",
     "AverageGradientsState",

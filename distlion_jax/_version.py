@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The version, where code and packaging both read it."""
+"""The version, which packaging and the processes of a job read here."""
 
-VERSION = "0.1.0"
+__version__ = "0.1.0"

@@ -66,10 +66,11 @@ def accumulate_gradients(
       >>> print(first[0], second[0])
       [0.] [1.]
     """
-    made = _once_a_round(optax.MultiSteps(tx, every_k_schedule, use_grad_mean))
+    multi = optax.MultiSteps(tx, every_k_schedule, use_grad_mean)
+    made = _once_a_round(multi)
 
     def init(params: Any) -> Any:
-        return AccumulateState(*made.init(params))
+        return AccumulateState(*multi.init(params))
 
     return made._replace(init=init)
 

@@ -23,16 +23,25 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from distlion_jax._version import VERSION
+from distlion_jax._version import __version__
 
 _CARD = 1024  # bytes of a card, where it travels as an array
+
+
+def coordinator() -> Any:
+    """The key-value store of JAX's processes, which has no public name; None if there is none."""
+    with contextlib.suppress(ImportError, AttributeError):
+        from jax._src import distributed
+
+        return distributed.global_state.client
+    return None
 
 
 def fingerprint(program: str = "") -> dict[str, str]:
     """What must be the same in all processes: versions, and what the caller adds."""
     versions = {module.__name__: module.__version__ for module in (jax, jaxlib, optax)}
     python = ".".join(platform.python_version_tuple()[:2])
-    return {**versions, "distlion_jax": VERSION, "python": python, "program": program[:200]}
+    return {**versions, "distlion_jax": __version__, "python": python, "program": program[:200]}
 
 
 def _judge(cards: dict[int, dict[str, Any]], n: int) -> str:

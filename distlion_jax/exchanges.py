@@ -49,7 +49,7 @@ class Roles:
     Examples:
       >>> from distlion_jax import ScaleByDistributedLionState
       >>> ScaleByDistributedLionState.roles.own
-      ('mu',)
+      ('mu', 'stamp')
     """
 
     exchange: bool = False

@@ -94,7 +94,7 @@ def train(name, mesh):
         params, state, metrics = step(params, state, global_batch(i, mesh), **extra)
         losses.append(np.asarray(metrics.loss))
         voters.append(np.asarray(metrics.health[0].voters))
-        voted.append(local_rows(metrics.health[0].voted))
+        voted.append(np.asarray(metrics.health[0].voted))
     out = {"loss": losses, "voters": voters, "voted": np.stack(voted, axis=1)}
     out |= {f"params/{k}": local_rows(x) for k, x in params.items()}
     out |= {f"mu/{k}": local_rows(x) for k, x in state[0].mu.items()}

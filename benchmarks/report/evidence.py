@@ -140,6 +140,10 @@ class Evidence:
         """What a script wrote whole."""
         return json.loads(self._path(name).read_text())
 
+    def lines(self, name: str) -> list[Any]:
+        """What a script wrote a line at a time."""
+        return [json.loads(line) for line in self._path(name).read_text().splitlines()]
+
     def runs(self, task: str, split: str = "iid", name: str = "compare.jsonl") -> Found:
         """The runs of a task and split."""
         found = self.groups(name).get((task, split), {})

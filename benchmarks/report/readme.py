@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.cli import UsageError, command_line, guarded
-from benchmarks.report import rare_rows
+from benchmarks.report import rare_rows, resize
 from benchmarks.report.evidence import UNITS, Evidence, Missing, standing
 from benchmarks.report.markdown import table
 from benchmarks.report.tables import by_split, qualities, score
@@ -118,6 +118,7 @@ TABLES: dict[str, Callable[[Evidence], str]] = {
     "unlike, images": unlike("unlike.jsonl"),
     "unlike, 12 trials": unlike("unlike_twelve.jsonl"),
     "unlike, text": one_task("unlike.jsonl", "text", "groups"),
+    "resize": lambda ev: resize.as_table(ev.lines("resize.jsonl")),
     "rare rows": lambda ev: rare_rows.as_table(ev.json("rare_rows.json")),
 }
 

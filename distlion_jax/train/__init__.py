@@ -17,12 +17,6 @@ from distlion_jax.train._mesh import (
 from distlion_jax.train._metrics import Metrics, mean_health, vote_health
 from distlion_jax.train._placement import state_specs
 from distlion_jax.train._pmap import make_pmap_train_step, pmap_replicate
-from distlion_jax.train._resume import (
-    from_lion_state,
-    resize_state,
-    set_hyperparams,
-    to_lion_state,
-)
 from distlion_jax.train._shard_map import make_train_step
 from distlion_jax.train._state import init_state, stack, unstack
 
@@ -30,7 +24,6 @@ __all__ = [
     "Metrics",
     "ReplicatedState",
     "all_same",
-    "from_lion_state",
     "init_state",
     "local",
     "local_value_and_grad",
@@ -42,11 +35,8 @@ __all__ = [
     "replicas_agree",
     "replicate",
     "replicated",
-    "resize_state",
-    "set_hyperparams",
     "stack",
     "state_specs",
-    "to_lion_state",
     "unstack",
     "vote_health",
     "worker_mesh",

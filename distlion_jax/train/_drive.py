@@ -106,10 +106,9 @@ class Driver:
             (params, state, batch), model_state = args, ()
         return params, model_state, state, batch
 
-    def join(self, out: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The results, with the model's state where there is one."""
-        params, model_state, state, metrics = out
-        rest = (state, metrics)
+    def join(self, four: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The inverse of :meth:`split`, of arguments or results."""
+        params, model_state, *rest = four
         return (params, model_state, *rest) if self.has_model_state else (params, *rest)
 
     def prepare(self, args: tuple[Any, ...], rng: Any, extra: dict[str, Any]) -> tuple[Any, ...]:
@@ -191,10 +190,10 @@ class Driver:
             params, model_state, state, batch, extra = self.prepare(args, rng, extra)
             self.before(params, model_state, state)
             declared = not self.place.stacked or bool(exchanges(state))
-            out = program(params, model_state, state, batch, rng, extra)
-            params, model_state, state, metrics = out
+            out = program(self.join((params, model_state, state, batch)), rng, extra)
+            params, model_state, state, metrics = self.split(out)
             if checks.is_traced(metrics):
-                return self.join(out)
+                return out
             if self._waits:
                 (self.company.wait if self.company.several else jax.block_until_ready)(metrics)
             self._calls += 1
@@ -203,7 +202,7 @@ class Driver:
             self._warn(metrics)
             leaves, self._form = jax.tree.flatten(state)
             self._last = [weakref.ref(x) for x in leaves]
-            return self.join(out)
+            return out
 
     def _warn(self, metrics: Metrics) -> None:
         """A word where rounding loses most of what an update would do."""
@@ -219,6 +218,11 @@ class Driver:
                 "function: jax.tree.map(lambda x: x.astype(jnp.bfloat16), params).",
                 stacklevel=4,
             )
+
+
+def given(rng: Any, extra: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of a program: one that is lowered without a key is called without."""
+    return extra if rng is None else {"rng": rng, **extra}
 
 
 def _apart(trees: Any) -> Any:

@@ -149,8 +149,9 @@ def make_global_batch(rows: Any, mesh: Mesh, axis_name: AxisName = "data") -> An
 
     Examples:
       >>> import numpy as np
-      >>> make_global_batch({"x": np.ones((16, 3))}, worker_mesh(8))["x"].sharding.spec
-      PartitionSpec('data',)
+      >>> batch = make_global_batch({"x": np.ones((16, 3))}, worker_mesh(8))
+      >>> batch["x"].addressable_shards[0].data.shape
+      (2, 3)
     """
     sharding = NamedSharding(mesh, P(axis_name))
     mine = sum(d.process_index == jax.process_index() for d in mesh.devices.flat)

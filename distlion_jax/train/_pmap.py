@@ -72,8 +72,7 @@ def make_pmap_train_step(
         microbatches=microbatches,
     )
 
-    # Two nested arguments. With five flat ones, pmap applied `in_axes` to the arrays whenever there
-    # happened to be exactly five of them.
+    # Two nested arguments: pmap took `in_axes` for the arrays' own where their numbers agreed.
     mapped = jax.pmap(
         lambda kept, given: worker(*kept, *given),
         axis_name,
@@ -100,15 +99,14 @@ def make_pmap_train_step(
         one=lambda params: jax.tree.map(lambda x: x[0], params),
     )
 
-    def program(
-        params: Any, model_state: Any, state: Any, batch: Any, rng: Any, extra: dict[str, Any]
-    ) -> tuple[Any, ...]:
+    def program(args: tuple[Any, ...], rng: Any, extra: dict[str, Any]) -> tuple[Any, ...]:
+        params, model_state, state, batch = driver.split(args)
         for name, tree in (("params", params), ("model_state", model_state)):
             check_by_worker(name, tree, here, "Make it with pmap_replicate.")
         rows = jax.tree.map(lambda x: x.reshape(here, x.shape[0] // here, *x.shape[1:]), batch)
         *kept, metrics = mapped((params, model_state, state), (rows, rng, extra))
         # All figures are the same on all workers: one copy of each is enough.
-        return *kept, jax.tree.map(one_of, metrics)
+        return driver.join((*kept, jax.tree.map(one_of, metrics)))
 
     def step(*args: Any, rng: Any = None, **extra: Any) -> tuple[Any, ...]:
         return driver.run(program, args, rng, extra)

@@ -22,18 +22,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from distlion_jax.cluster import coordinator
+
 _steps = itertools.count()  # in the order in which they are made, which is that of the program
 _LOOK_EVERY = 1.0  # seconds
 _GRACE = 5.0  # seconds that a step may still take after another process has said that it will stop
-
-
-def _coordinator() -> Any:
-    """JAX's key-value store, which has no public name; None where there is none."""
-    with contextlib.suppress(ImportError, AttributeError):
-        from jax._src import distributed
-
-        return distributed.global_state.client
-    return None
 
 
 def spans_processes(devices: Iterable[Any]) -> bool:
@@ -58,14 +51,14 @@ class Company:
             atexit.register(self._tell, "ended", "ended")
 
     def _tell(self, key: str, what: str) -> None:
-        store = _coordinator()
+        store = coordinator()
         if store is not None:
             word = json.dumps([self._me, self.calls, what[:500]])
             with contextlib.suppress(Exception):  # the service may be gone: nobody waits then
                 store.key_value_set(f"{self._prefix}{key}/{self._me}", word, True)
 
     def _told(self) -> Iterator[tuple[str, int, int, str]]:
-        store = _coordinator()
+        store = coordinator()
         words: Any = []
         if store is not None:
             with contextlib.suppress(Exception):

@@ -17,7 +17,7 @@ from distlion_jax._rules import AxisName, check_choice, check_static
 from distlion_jax._vote import wire
 from distlion_jax.train import _audit as audit
 from distlion_jax.train._checks import check_averaged, check_declared, check_differ
-from distlion_jax.train._drive import MOST_PARTS, Driver, Place, Step
+from distlion_jax.train._drive import MOST_PARTS, Driver, Place, Step, given
 from distlion_jax.train._notes import leading_on
 from distlion_jax.train._placement import Placement
 from distlion_jax.train._state import stack, unstack
@@ -99,20 +99,14 @@ def make_train_step(
     """
     check_choice("gradients", gradients, ("local", "mean"))
     check_static("microbatches", microbatches, "int", MOST_PARTS)
-    inner = wire.axes(mean_axis_name) if mean_axis_name else ()
-    place = Placement(mesh, axis_name, inner)
-    if idle := set(mesh.axis_names) - set(place.axes):
-        raise ValueError(
-            f"`mesh` has axes {sorted(idle)} beside `axis_name` {axis_name!r} and `mean_axis_name` "
-            f"{mean_axis_name!r}: the step would repeat the same work along them."
-        )
+    place = _placed(mesh, axis_name, mean_axis_name)
     stacked = gradients == "local"
     worker = worker_step(
         loss_fn,
         tx,
         place.axes,
         wire.axes(axis_name),
-        inner if stacked else place.axes,
+        place.inner_axes if stacked else place.axes,
         has_aux=has_aux,
         has_model_state=has_model_state,
         microbatches=microbatches,
@@ -133,9 +127,9 @@ def make_train_step(
         params, model_state, state, batch = driver.split(args)
         by_state = place.state(state) if stacked else P()
         in_specs = place.params, P(), by_state, place.batch, P(), place.by_worker
-        given = params, model_state, state, batch, rng, extra
+        whole = params, model_state, state, batch, rng, extra
         if AxisType.Explicit in mesh.axis_types:  # there, shard_map moves nothing by itself
-            given = jax.sharding.reshard(given, place.shardings(in_specs))
+            whole = jax.sharding.reshard(whole, place.shardings(in_specs))
         sharded = jax.shard_map(
             mapped,
             mesh=mesh,
@@ -143,7 +137,7 @@ def make_train_step(
             out_specs=(place.params, P(), by_state, P()),
             check_vma=check_vma,
         )
-        return driver.join(sharded(*given))
+        return driver.join(sharded(*whole))
 
     jitted = jax.jit(run, donate_argnums=tuple(range(2 + has_model_state)) if donate else ())
     driver = Driver(
@@ -163,24 +157,25 @@ def make_train_step(
         donate=donate,
     )
 
-    def program(
-        params: Any, model_state: Any, state: Any, batch: Any, rng: Any, extra: dict[str, Any]
-    ) -> tuple[Any, ...]:
-        args = (params, model_state, state, batch) if has_model_state else (params, state, batch)
-        given = {} if rng is None else {"rng": rng}
-        out = jitted(*args, **given, **extra)
-        return out if has_model_state else (out[0], (), *out[1:])
-
     def step(*args: Any, rng: Any = None, **extra: Any) -> tuple[Any, ...]:
-        return driver.run(program, args, rng, extra)
+        return driver.run(lambda a, key, more: jitted(*a, **given(key, more)), args, rng, extra)
 
     def lower(*args: Any, rng: Any = None, **extra: Any) -> jax.stages.Lowered:
         _, _, state, _ = driver.split(args)
         if driver.place.watched and stacked:
             check_declared(state)
-        given = {} if rng is None else {"rng": rng}
         with leading_on():
-            return jitted.lower(*args, **given, **extra)
+            return jitted.lower(*args, **given(rng, extra))
 
     step.lower = lower  # type: ignore[attr-defined]
     return cast(Step, step)
+
+
+def _placed(mesh: Mesh, axis_name: AxisName, mean_axis_name: AxisName | None) -> Placement:
+    place = Placement(mesh, axis_name, wire.axes(mean_axis_name) if mean_axis_name else ())
+    if idle := set(mesh.axis_names) - set(place.axes):
+        raise ValueError(
+            f"`mesh` has axes {sorted(idle)} beside `axis_name` {axis_name!r} and `mean_axis_name` "
+            f"{mean_axis_name!r}: the step would repeat the same work along them."
+        )
+    return place
