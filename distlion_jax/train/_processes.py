@@ -15,9 +15,10 @@ import itertools
 import json
 import threading
 import time
+import warnings
 import zlib
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,13 +26,90 @@ import numpy as np
 from distlion_jax.cluster import coordinator
 
 _steps = itertools.count()  # in the order in which they are made, which is that of the program
-_LOOK_EVERY = 1.0  # seconds
+_LOOK_EVERY = 5.0  # seconds; shorter steps cost the coordinator nothing
 _GRACE = 5.0  # seconds that a step may still take after another process has said that it will stop
+_BEAT_EVERY = 5.0  # seconds between signs of life
+_SILENCE = 30.0  # seconds without one, after which a process is taken for dead
+_PATIENCE = 60.0  # seconds of waiting, after which a word is said
 
 
 def spans_processes(devices: Iterable[Any]) -> bool:
     """Whether the devices belong to more than one process."""
     return len({device.process_index for device in devices}) > 1
+
+
+class Word(NamedTuple):
+    """What a process has said."""
+
+    kind: str  # "raised", "ended", "alive", or "shapes" and the number of the call
+    process: int
+    call: int  # the calls of the step that it had begun
+    what: str
+
+
+class Watch:
+    """What one that waits in a call makes of what the others say.
+
+    Args:
+      call: the number of the call.
+      shapes: a hash of this process's arguments.
+      told: what all others have said so far.
+    """
+
+    def __init__(self, call: int, shapes: int, told: Callable[[], list[Word]]) -> None:
+        self.call, self.shapes, self.told = call, str(shapes), told
+        self.began = time.monotonic()
+        self.reason, self.since = "", 0.0
+        self.beats: dict[int, tuple[str, float]] = {}
+        self.warned = False
+
+    def look(self) -> None:
+        """Raises where there is a reason; says a word where the wait is long."""
+        now, words = time.monotonic(), self.told()
+        if not self.reason:
+            self.reason, self.since = self._reason(words), now
+        if self.reason and now - self.since >= _GRACE:
+            raise RuntimeError(self.reason)
+        for word in (w for w in words if w.kind == "alive"):
+            what, since = self.beats.setdefault(word.process, (word.what, now))
+            if what != word.what:
+                self.beats[word.process] = word.what, now
+            elif now - since >= _SILENCE:
+                raise RuntimeError(
+                    f"process {word.process} has given no sign of life for {now - since:.0f} s, "
+                    f"and this process waits for it in call {self.call} of the step. See its log: "
+                    "it was killed, or ended without saying so."
+                )
+        behind = sorted({w.process for w in words if w.kind == "alive" and w.call < self.call})
+        if behind and now - self.began >= _PATIENCE and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"waiting for {now - self.began:.0f} s in call {self.call} of the step for "
+                f"processes {behind}, which have not begun it. All processes must call the step as "
+                "often as each other.",
+                stacklevel=6,
+            )
+
+    def _reason(self, words: list[Word]) -> str:
+        for word in words:
+            if word.kind == "raised" and word.call <= self.call:
+                return (
+                    f"process {word.process} raised in call {word.call} of the step, and this "
+                    f"process waits in call {self.call}: {word.what}"
+                )
+            if word.kind == "ended" and word.call < self.call:
+                return (
+                    f"process {word.process} ended after {word.call} calls of the step, and this "
+                    f"process waits in call {self.call}. Give all processes the same number of "
+                    "batches."
+                )
+            if word.kind == f"shapes{self.call}" and word.what != self.shapes:
+                return (
+                    f"process {word.process} was given arguments of other shapes or dtypes in call "
+                    f"{self.call} of the step. All processes pass the same shapes: drop the last, "
+                    "short batch on all of them."
+                )
+        return ""
 
 
 class Company:
@@ -42,53 +120,65 @@ class Company:
     """
 
     def __init__(self, devices: Iterable[Any]) -> None:
+        devices = list(devices)
         self.several = spans_processes(devices)
         self.calls = 0
         self._shapes = 0
+        self._others = {device.process_index for device in devices} - {jax.process_index()}
+        self._beating: threading.Thread | None = None
         if self.several:
             self._prefix = f"distlion_jax/step{next(_steps)}/"
             self._me = jax.process_index()
-            atexit.register(self._tell, "ended", "ended")
 
-    def _tell(self, key: str, what: str) -> None:
+    def _tell(self, kind: str, what: str) -> None:
         store = coordinator()
         if store is not None:
             word = json.dumps([self._me, self.calls, what[:500]])
             with contextlib.suppress(Exception):  # the service may be gone: nobody waits then
-                store.key_value_set(f"{self._prefix}{key}/{self._me}", word, True)
+                store.key_value_set(f"{self._prefix}{kind}/{self._me}", word, True)
 
-    def _told(self) -> Iterator[tuple[str, int, int, str]]:
+    def _told(self) -> list[Word]:
         store = coordinator()
         words: Any = []
         if store is not None:
             with contextlib.suppress(Exception):
                 words = store.key_value_dir_get(self._prefix)
-        for key, word in words:
-            who, call, what = json.loads(word)
-            if who != self._me:
-                yield key.removeprefix(self._prefix).split("/")[0], who, call, what
+        kinds = ((key.removeprefix(self._prefix).split("/")[0], word) for key, word in words)
+        heard = [Word(kind, *json.loads(word)) for kind, word in kinds]
+        return [word for word in heard if word.process in self._others]
+
+    def _beat(self) -> None:
+        for number in itertools.count():
+            self._tell("alive", str(number))
+            time.sleep(_BEAT_EVERY)
+
+    def _enter(self, arguments: Any) -> None:
+        """A new call: the others are told where its shapes are new."""
+        if self._beating is None:
+            atexit.register(self._tell, "ended", "")
+            self._beating = threading.Thread(target=self._beat, daemon=True)
+            self._beating.start()
+        self.calls += 1
+        shapes = [(np.shape(x), str(getattr(x, "dtype", ""))) for x in jax.tree.leaves(arguments)]
+        if (new := zlib.crc32(repr(shapes).encode())) != self._shapes:
+            self._shapes = new
+            self._tell(f"shapes{self.calls}", str(new))
 
     @contextlib.contextmanager
     def call(self, *arguments: Any) -> Iterator[None]:
-        """One call of the step: the others are told if it raises, and if its shapes are new."""
+        """One call of the step; the others are told if it raises."""
         if not self.several:
             yield
             return
-        self.calls += 1
+        self._enter(arguments)
         try:
-            shapes = [
-                (np.shape(x), str(getattr(x, "dtype", ""))) for x in jax.tree.leaves(arguments)
-            ]
-            if (new := zlib.crc32(repr(shapes).encode())) != self._shapes:
-                self._shapes = new
-                self._tell(f"shapes{self.calls}", str(new))
             yield
         except Exception as error:
             self._tell("raised", f"{type(error).__name__}: {error}")
             raise
 
     def wait(self, arrays: Any) -> None:
-        """Waits for arrays, or raises a ``RuntimeError`` with what another process has said."""
+        """Waits for arrays; raises a ``RuntimeError`` where another process will not come."""
         failed: list[BaseException] = []
 
         def block() -> None:
@@ -99,35 +189,10 @@ class Company:
 
         waiting = threading.Thread(target=block, daemon=True)
         waiting.start()
-        heard, reason = 0.0, ""
-        while True:
+        watch = Watch(self.calls, self._shapes, self._told)
+        while waiting.is_alive():
             waiting.join(_LOOK_EVERY)
-            if not waiting.is_alive():
-                break
-            if not reason:
-                reason, heard = self._reason(), time.monotonic()
-            if reason and time.monotonic() - heard > _GRACE:
-                raise RuntimeError(reason)
+            if waiting.is_alive():
+                watch.look()
         if failed:
             raise failed[0]
-
-    def _reason(self) -> str:
-        """Why another process will not come to this call, if it has said so."""
-        for kind, who, call, what in self._told():
-            if kind == "raised" and call <= self.calls:
-                return (
-                    f"process {who} raised in call {call} of the step, and this process waits in "
-                    f"call {self.calls}: {what}"
-                )
-            if kind == "ended" and call < self.calls:
-                return (
-                    f"process {who} ended after {call} calls of the step, and this process waits "
-                    f"in call {self.calls}. Give all processes the same number of batches."
-                )
-            if kind == f"shapes{self.calls}" and what != str(self._shapes):
-                return (
-                    f"process {who} was given arguments of other shapes or dtypes in call "
-                    f"{self.calls} of the step. All processes pass the same shapes: drop the last, "
-                    "short batch on all of them."
-                )
-        return ""
