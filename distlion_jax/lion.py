@@ -146,7 +146,7 @@ def scale_by_distributed_lion(
             stamp.mark(state.stamp, context),
         )
         if not context.layout.size:  # nothing to vote on, as for a label that no leaf has
-            return updates, state._replace(count=count, stamp=marked)
+            return turnout.nothing(updates), state._replace(count=count, stamp=marked)
         noise = 0.0 if rules.noise is None else rules.noise
         context = context.only_if(turnout.sane(b1, b2, state.mu, rules.dead_zone, noise))
         mine, mu = cast(context, updates, state.mu, b1, b2)

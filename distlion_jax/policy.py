@@ -131,6 +131,8 @@ def distributed_lion_by_label(
     known: list[str] = []
 
     def live(params: Any) -> Any:
+        if not jax.tree.leaves(params):
+            return params
         return jax.tree.map(lambda label: label != "frozen", _labels_of(labels, params))
 
     def groups(params: Any) -> optax.GradientTransformationExtraArgs:

@@ -161,6 +161,11 @@ def finite_norm(tree: Any) -> Array:
     return jnp.isfinite(sum(jnp.sum(x * x) for x in jax.tree.leaves(tree)))
 
 
+def nothing(updates: Any) -> Any:
+    """Updates of leaves without coordinates, known to JAX as the same on all workers."""
+    return jax.tree.map(lambda g: jnp.zeros(g.shape, g.dtype), updates)
+
+
 class MeanHealth(NamedTuple):
     """How a full-precision mean went: who was counted."""
 

@@ -25,7 +25,15 @@ from distlion_jax._rounds import in_rounds
 from distlion_jax._rules import AxisName
 from distlion_jax._vote import frames, wire
 from distlion_jax._vote.stamp import blank, mark
-from distlion_jax._vote.turnout import MeanHealth, Round, all_finite, as_held, finite_norm, no_mean
+from distlion_jax._vote.turnout import (
+    MeanHealth,
+    Round,
+    all_finite,
+    as_held,
+    finite_norm,
+    no_mean,
+    nothing,
+)
 from distlion_jax._vote.words import Layout
 from distlion_jax.exchanges import Roles
 from distlion_jax.ledger import Collective, WireCost, layout_of
@@ -215,7 +223,7 @@ def compressed_average(
             wanted = jax.tree.map(jnp.add, wanted, state.error)
         count, marked = jnp.asarray(optax.safe_increment(state.count)), mark(state.stamp, context)
         if not context.layout.size:  # nothing to send, as for a label that no leaf has
-            return updates, state._replace(count=count, stamp=marked)
+            return nothing(updates), state._replace(count=count, stamp=marked)
         context = context.only_if(finite_norm(wanted))
         leaves, treedef = jax.tree.flatten(wanted)
         out = compressor.mean(leaves, state.memory, context)

@@ -17,7 +17,7 @@ from distlion_jax._rules import AxisName, check_fraction, concrete_value
 from distlion_jax._vote import wire
 from distlion_jax._vote.frames import to_floats, to_words
 from distlion_jax._vote.stamp import blank, mark
-from distlion_jax._vote.turnout import MeanHealth, Round, as_held, finite_norm, no_mean
+from distlion_jax._vote.turnout import MeanHealth, Round, as_held, finite_norm, no_mean, nothing
 from distlion_jax._vote.words import Layout
 from distlion_jax.baselines.compress import (
     Averaged,
@@ -191,7 +191,7 @@ def deep_gradient_compression(
         checks.check_momentum(updates, state.momentum)
         count, marked = jnp.asarray(optax.safe_increment(state.count)), mark(state.stamp, context)
         if not context.layout.size:  # nothing to send, as for a label that no leaf has
-            return updates, state._replace(count=count, stamp=marked)
+            return nothing(updates), state._replace(count=count, stamp=marked)
         g = clipped(jax.tree.map(lambda g: g.astype(jnp.float32), updates))
         u = jax.tree.map(lambda u, g: momentum * u + g, state.momentum, g)
         v = jax.tree.map(jnp.add, state.accumulated, u)
