@@ -23,6 +23,15 @@ def test_python_blocks_run():
     assert float(scope["loss"]) == 1.0
 
 
+@pytest.mark.parametrize("page", ["checkpoints", "steps"])
+def test_guides_run(page):
+    """In a process of their own, as a reader would: they begin with the number of devices."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), re.S)
+    program = "\n".join([*blocks, "assert int(metrics.health[0].voters) in (4, 8)"])
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_wire_table_is_the_ledgers():
     command = [sys.executable, "-m", "benchmarks.compute.wire_table"]
     table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -60,7 +69,8 @@ def test_pages_of_results_are_of_the_results_in_the_repository():
 def test_tables_of_training_are_of_the_results_in_the_repository(tmp_path):
     readme = benchmark("report.readme")
     ev = readme.Evidence(ROOT / "benchmarks/results")
-    assert readme.fill(README, ev) == README
+    for page in (README, (ROOT / "docs/checkpoints.md").read_text()):
+        assert readme.fill(page, ev) == page
     stale = "<!-- results: NAME -->\nold\n<!-- end of results -->"
     with pytest.raises(readme.UsageError, match="there is no table 'NAME'; known: compare, gains"):
         readme.fill(stale, ev)

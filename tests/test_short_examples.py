@@ -15,7 +15,7 @@ import distlion_jax as dl
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 RULES = {"kernel": "majority", "bias": "full", "scale": "full"}
-SHORT = ("unreliable_workers", "nodes", "by_layer")
+SHORT = ("unreliable_workers", "nodes", "by_layer", "batch_norm", "resume")
 
 
 def run(name, folder, *flags):
@@ -90,8 +90,26 @@ def test_by_layer(tmp_path, rule):
     assert after < before - 1
 
 
+def test_batch_norm(tmp_path):
+    said = run("batch_norm", tmp_path, "--steps", "80")
+    assert number(r"([\d.]+) in the last", said) < 0.5 * number(r"([\d.]+) in the first", said)
+    learned = number(r"held-out accuracy: ([\d.]+)%", said)
+    assert learned > 75
+    assert number(r"as they began: ([\d.]+)%", said) < learned - 5
+
+
+def test_resume(tmp_path):
+    said = run("resume", tmp_path, "--steps", "20")
+    assert "restored at step 20: the same bits in the end" in said
+    rows = re.findall(r"steps (\d+) to (\d+): loss ([\d.]+), (\d+) workers voted", said)
+    assert [(int(a), int(b), int(n)) for a, b, _, n in rows] == [
+        (0, 20, 8), (20, 40, 8), (20, 40, 8), (20, 40, 4),
+    ]  # fmt: skip
+    assert rows[1][2] == rows[2][2]
+
+
 @pytest.mark.parametrize("name", SHORT)
 def test_help_says_what_it_shows(tmp_path, name):
     said = run(name, tmp_path, "--help")
     assert "--steps" in said
-    assert "Trains " in said
+    assert "Trains" in said
