@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from distlion_jax.train._processes import Watch, Word
 from tests.helpers import free_port
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -46,6 +47,24 @@ def run(folder, situation, processes, devices):
         logs = [f"--- {f.name}\n{f.read_text()[-3000:]}" for f in sorted(folder.glob("*.log"))]
         pytest.fail(f"no result within {TIMEOUT} s\n" + "\n".join(logs), pytrace=False)
     return [dict(np.load(file)) for file in files]
+
+
+def test_who_waits_for_long_says_for_whom():
+    """Once; and it hears that the other is alive, and in an earlier call."""
+    beats = iter(range(100))
+    watch = Watch(3, 7, lambda: [Word("alive", 1, 2, str(next(beats)))], 0.0)
+    for now in range(5, 60, 5):
+        watch.look(float(now))
+    with pytest.warns(UserWarning, match=r"for 60 s in call 3 of the step for processes \[1\]"):
+        watch.look(60.0)
+    watch.look(65.0)
+
+
+def test_what_others_said_of_earlier_calls_is_no_reason():
+    words = [Word("shapes2", 1, 2, "8"), Word("ended", 2, 3, ""), Word("raised", 3, 4, "x")]
+    watch = Watch(3, 7, lambda: words, 0.0)
+    watch.look(5.0)
+    watch.look(55.0)
 
 
 @pytest.fixture(params=SHAPES, ids=lambda shape: f"{shape[0]} processes")

@@ -85,9 +85,15 @@ def check_places(params: Any, state: Any, batch: Any) -> None:
 
 def check_alive(**trees: Any) -> None:
     """Raises for an array whose buffer was given away; JAX's own check can be too late."""
+
+    def gone(x: Any) -> bool:
+        return isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.is_deleted()
+
     for name, tree in trees.items():
+        if not any(map(gone, jax.tree.leaves(tree))):
+            continue
         for path, x in jax.tree_util.tree_leaves_with_path(tree):
-            if isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.is_deleted():
+            if gone(x):
                 raise ValueError(
                     f"`{name}{jax.tree_util.keystr(path)}` was donated to an earlier step, and its "
                     "buffer is gone. Go on with what that step returned; or make the step with "

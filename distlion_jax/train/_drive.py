@@ -86,8 +86,9 @@ class Driver:
         self.company = Company(place.devices)
         self._agree, self._one = agree, one
         self._look = audit.check_on_schedule(agree)
-        self._last: list[Any] = []  # weak references to the arrays of the state it returned last
-        self._form: Any = None  # its structure
+        self._last: list[Any] = []  # weak references to the arrays that it returned last
+        self._form: Any = None  # their structure
+        self._declared = True  # whether `tx` says that it makes workers agree
         self._calls = 0
         here = jax.process_index()
         virtual = sum(d.platform == "cpu" and d.process_index == here for d in place.devices) > 1
@@ -114,45 +115,41 @@ class Driver:
     def prepare(self, args: tuple[Any, ...], rng: Any, extra: dict[str, Any]) -> tuple[Any, ...]:
         """The arguments, checked, with the state in the transformation's form."""
         params, model_state, state, batch = self.split(args)
-        place = self.place
+        place, new = self.place, self._are_new((params, model_state, state))
+        if new:
+            checks.check_places(params, state, batch)
         checks.check_alive(params=params, model_state=model_state, state=state, batch=batch)
-        checks.check_places(params, state, batch)
-        if extra and not place.stacked:
-            name = next(iter(set(extra) - {"value"}), None)
-            if name:
-                raise ValueError(f"`{name}` is for a vote; gradients='mean' takes all.")
         checks.check_batch(batch, place.shards, self.microbatches)
         checks.check_global(batch, self.company.several and place.entries == place.workers)
-        extra = _extra.by_worker(extra, place.workers, place.entries)
-        if self._is_new(state):
+        extra = _extra.by_worker(extra, place.workers, place.entries, votes=place.stacked)
+        if new:
             state = self._of_tx(params, state)
-        if checks.is_traced((params, state, batch, rng, extra)):
+            self._declared = not place.stacked or bool(exchanges(state))
+        if checks.is_traced((batch, rng, extra, (params, state) if new else ())):
             if place.watched and place.stacked and place.workers > 1:
                 checks.check_declared(state)
-        elif self.donate:
+        elif new and self.donate:
             params, model_state, state = _apart((params, model_state, state))
         return params, model_state, state, batch, extra
 
-    def _is_new(self, state: Any) -> bool:
-        """Whether this is not what the step returned last: nothing then needs a second look."""
-        leaves, form = jax.tree.flatten(state)
+    def _are_new(self, kept: Any) -> bool:
+        """Whether these are not what the step returned last, which need no second look."""
+        leaves, form = jax.tree.flatten(kept)
         if self._form is None or form != self._form:
             return True
         return any(x is not ref() for x, ref in zip(leaves, self._last, strict=True))
 
+    def _remember(self, kept: Any) -> None:
+        leaves, self._form = jax.tree.flatten(kept)
+        self._last = [weakref.ref(x) for x in leaves]
+
     def _of_tx(self, params: Any, state: Any) -> Any:
         """The state, if it is whole and of this transformation."""
-        shapes = jax.eval_shape(lambda p: self.tx.init(self._one(p)), params)
         n = self.place.entries
-
-        def stacked(x: Any) -> Any:
-            return jax.ShapeDtypeStruct((n, *x.shape), x.dtype)
-
-        if self.place.stacked:
-            spread = lambda x: x if is_once(x) else stacked(x)  # noqa: E731
-            shapes = jax.tree.map(spread, shapes, is_leaf=is_once)
-            state = _whole.with_health(_whole.with_rates(state, n), shapes)
-        _whole.check_fits(state, shapes)
+        if (shapes := self._shapes(params, n)) is not None:
+            if self.place.stacked:
+                state = _whole.with_health(_whole.with_rates(state, n), shapes)
+            _whole.check_fits(state, shapes)
         if self.place.stacked:
             checks.check_by_worker(
                 "state",
@@ -164,6 +161,18 @@ class Driver:
             if not checks.is_traced(state):
                 _whole.check_whole(state, self.place.vote_sizes)
         return state
+
+    def _shapes(self, params: Any, n: int) -> Any:
+        """Of the transformation's state; None where its ``init`` looks at values."""
+        try:
+            shapes = jax.eval_shape(lambda p: self.tx.init(self._one(p)), params)
+        except jax.errors.ConcretizationTypeError:
+            return None
+        if not self.place.stacked:
+            return shapes
+        stacked = lambda x: jax.ShapeDtypeStruct((n, *x.shape), x.dtype)  # noqa: E731
+        spread = lambda x: x if is_once(x) else stacked(x)  # noqa: E731
+        return jax.tree.map(spread, shapes, is_leaf=is_once)
 
     def before(self, params: Any, model_state: Any, state: Any) -> None:
         """Raises where several processes do not begin with the same numbers."""
@@ -189,7 +198,6 @@ class Driver:
         with self.company.call(args, extra), leading_on():
             params, model_state, state, batch, extra = self.prepare(args, rng, extra)
             self.before(params, model_state, state)
-            declared = not self.place.stacked or bool(exchanges(state))
             out = program(self.join((params, model_state, state, batch)), rng, extra)
             params, model_state, state, metrics = self.split(out)
             if checks.is_traced(metrics):
@@ -198,10 +206,9 @@ class Driver:
                 (self.company.wait if self.company.several else jax.block_until_ready)(metrics)
             self._calls += 1
             if (self.place.watched or self.company.several) and self.place.workers > 1:
-                self._look(params, declared or not self.place.watched)
+                self._look(params, self._declared or not self.place.watched)
             self._warn(metrics)
-            leaves, self._form = jax.tree.flatten(state)
-            self._last = [weakref.ref(x) for x in leaves]
+            self._remember((params, model_state, state))
             return out
 
     def _warn(self, metrics: Metrics) -> None:

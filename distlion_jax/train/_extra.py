@@ -15,16 +15,19 @@ VOTES_TAKE = ("participating", "weight")
 KNOWN = (*VOTES_TAKE, "value")
 
 
-def by_worker(extra: dict[str, Any], n: int, local: int) -> dict[str, Any]:
+def by_worker(extra: dict[str, Any], n: int, local: int, votes: bool) -> dict[str, Any]:
     """The arguments with a leading worker axis; one number for all becomes an entry for each.
 
     Args:
       extra: as the step was given them.
       n: workers of all processes.
       local: entries that this process passes.
+      votes: whether workers take part one by one; an average by the step itself is of all.
     """
     out = {}
     for name, value in extra.items():
+        if name in VOTES_TAKE and not votes:
+            raise ValueError(f"`{name}` is for a vote; gradients='mean' takes all.")
         shapes = {np.shape(x)[:1] for x in jax.tree.leaves(value)}
         if shapes == {()} and name not in VOTES_TAKE:
             value = jax.tree.map(lambda x: np.broadcast_to(x, (local, *np.shape(x))), value)

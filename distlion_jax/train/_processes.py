@@ -54,18 +54,23 @@ class Watch:
       call: the number of the call.
       shapes: a hash of this process's arguments.
       told: what all others have said so far.
+      began: when the wait began, in seconds.
     """
 
-    def __init__(self, call: int, shapes: int, told: Callable[[], list[Word]]) -> None:
-        self.call, self.shapes, self.told = call, str(shapes), told
-        self.began = time.monotonic()
+    def __init__(
+        self, call: int, shapes: int, told: Callable[[], list[Word]], began: float
+    ) -> None:
+        self.call, self.shapes, self.told, self.began = call, str(shapes), told, began
         self.reason, self.since = "", 0.0
         self.beats: dict[int, tuple[str, float]] = {}
         self.warned = False
 
-    def look(self) -> None:
-        """Raises where there is a reason; says a word where the wait is long."""
-        now, words = time.monotonic(), self.told()
+    def look(self, now: float) -> None:
+        """Raises where there is a reason; says a word where the wait is long.
+
+        ``now`` is in seconds, on the clock of ``began``.
+        """
+        words = self.told()
         if not self.reason:
             self.reason, self.since = self._reason(words), now
         if self.reason and now - self.since >= _GRACE:
@@ -189,10 +194,10 @@ class Company:
 
         waiting = threading.Thread(target=block, daemon=True)
         waiting.start()
-        watch = Watch(self.calls, self._shapes, self._told)
+        watch = Watch(self.calls, self._shapes, self._told, time.monotonic())
         while waiting.is_alive():
             waiting.join(_LOOK_EVERY)
             if waiting.is_alive():
-                watch.look()
+                watch.look(time.monotonic())
         if failed:
             raise failed[0]
