@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 
 from distlion_jax._promotion import default_promotion
 from distlion_jax._vote import wire
+from distlion_jax._vote.turnout import all_finite
 from distlion_jax.exchanges import Roles, exchanges, with_extra_args
 
 __all__ = ["AccumulateState", "accumulate_gradients"]
@@ -88,7 +89,8 @@ def sends_too_often(state: Any) -> bool:
 def adopt(tx: Any) -> optax.GradientTransformationExtraArgs:
     """A transformation as a step runs it: an ``optax.MultiSteps`` calls its inner one in time."""
     owner = getattr(getattr(tx, "init", None), "__self__", None)  # of gradient_transformation()
-    if isinstance(owner, optax.MultiSteps):
+    whole = getattr(getattr(tx, "update", None), "__self__", None) is owner
+    if type(owner) is optax.MultiSteps and whole:  # one with an update of its own has the say
         return _once_a_round(owner)
     return with_extra_args(tx)
 
@@ -122,6 +124,8 @@ def _once_a_round(multi: optax.MultiSteps) -> optax.GradientTransformationExtraA
 
         def exchange() -> tuple[Any, Any]:
             means = optax.tree.cast_like(total, updates)
+            if (healthy := extra_args.get("healthy")) is not None:  # of all micro-batches
+                extra_args["healthy"] = healthy._replace(fine=all_finite(total))
             return inner.update(means, state.inner_opt_state, params, **extra_args)
 
         shapes = jax.eval_shape(exchange)

@@ -28,6 +28,7 @@ from distlion_jax._vote.turnout import (
     no_mean,
     remember,
     sane,
+    summable,
     weighted_sum,
 )
 from distlion_jax.exchanges import Roles
@@ -183,7 +184,8 @@ def scale_by_averaged_lion(
         del params
         checks.check_momentum(updates, state.mu)
         blends = jax.tree.map(lambda g, m: blend(g, m, b1), updates, state.mu)
-        context = context.only_if(all_finite(blends) & sane(b1, b2, state.mu))
+        context = context.only_if(summable(blends, context.workers * context.rules.top_weight))
+        context = context.only_if(sane(b1, b2, state.mu))
         sums, _, health = weighted_sum(blends, context.weight, axis_name)
         direction = jax.tree.map(lambda s, g: jnp.sign(s).astype(g.dtype), sums, updates)
 

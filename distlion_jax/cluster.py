@@ -78,7 +78,10 @@ def _host(address: tuple[str, int], card: dict[str, Any], n: int, deadline: floa
     """Process 0: hears all others until the deadline, and answers them; returns what is wrong."""
     cards, wrong = {0: card}, ""
     with contextlib.ExitStack() as open_calls:
-        server = open_calls.enter_context(socket.create_server(("", address[1])))
+        try:
+            server = open_calls.enter_context(socket.create_server(("", address[1])))
+        except OSError as error:
+            return f"port {address[1]} cannot be listened on ({error.strerror}), as after a join"
         calls = []
         while len(cards) < n and not wrong and (left := deadline - time.monotonic()) > 0:
             server.settimeout(left)
@@ -113,9 +116,11 @@ def _call(address: tuple[str, int], index: int, card: dict[str, Any], deadline: 
                 call.settimeout(left + 5.0)  # process 0 may have begun to wait later
                 with call.makefile() as lines:
                     if answer := lines.readline():
-                        return json.loads(answer)
+                        return str(json.loads(answer))
         except OSError:
             pass
+        except ValueError:
+            return f"somebody else answers at {address[0]}:{address[1]}, as after a second join"
         time.sleep(0.1)
     return "process 0 did not answer"
 

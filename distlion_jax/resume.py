@@ -22,6 +22,7 @@ from distlion_jax._vote.wire import is_key
 from distlion_jax.exchanges import exchanges, is_once, map_fields, roles_of
 from distlion_jax.lion import ScaleByDistributedLionState
 from distlion_jax.train._placement import Placement
+from distlion_jax.train._whole import CURE, is_injected, stamps_of
 
 How = Literal["mean", "rows"]
 
@@ -59,6 +60,7 @@ def resize_state(state: Any, mesh: Mesh, axis_name: AxisName = "data", *, how: H
     check_choice("how", how, ("mean", "rows"))
     place = Placement(mesh, axis_name)
     old, new = workers_of(state), place.workers
+    check_rows(state, old)
 
     def spread(x: Any) -> Any:
         if is_key(x):  # steps fold a worker's index in
@@ -102,6 +104,22 @@ def workers_of(state: Any) -> int:
     return sizes[0][0]
 
 
+def check_rows(state: Any, n: int) -> None:
+    """Raises for a state that lacks the rows of some workers, or has them twice."""
+    for stamp in stamps_of(state):
+        rows = _on_host(stamp)
+        used = rows[:, 1] > 0
+        if used.any() and (rows[:, 1].max() > n or (rows[used, 1] == n).all() != used.all()):
+            raise ValueError(
+                f"`state` holds {n} rows of a state that {rows[:, 1].max()} workers made, or rows "
+                "of some workers only. In several processes, one process's rows are not enough: "
+                "gather them, jax.experimental.multihost_utils.process_allgather(state, "
+                "tiled=True)."
+            )
+        if (rows[:, 1] == n).all() and len({*rows[:, 0].tolist()}) < n:
+            raise ValueError(f"`state` was torn: some of its {n} rows are there twice. {CURE}")
+
+
 def _on_host(x: Any) -> np.ndarray:
     if not getattr(x, "is_fully_addressable", True):
         x = multihost_utils.process_allgather(x, tiled=True)
@@ -111,7 +129,9 @@ def _on_host(x: Any) -> np.ndarray:
 def _one_copy(node: Any, old: int) -> Any:
     """What is stored once: as it is, or the first of the equal copies that pmap stacks."""
     leaves = [_on_host(x) for x in jax.tree.leaves(node)]
-    stacked = bool(leaves) and all(x.shape[:1] == (old,) and (x == x[:1]).all() for x in leaves)
+    whole = [getattr(getattr(x, "sharding", None), "is_fully_replicated", False)
+             for x in jax.tree.leaves(node)]  # fmt: skip
+    stacked = not any(whole) and all(x.shape[:1] == (old,) and (x == x[:1]).all() for x in leaves)
     if stacked:
         leaves = [x[0] for x in leaves]
     return jax.tree.unflatten(jax.tree.structure(node), leaves)
@@ -241,6 +261,7 @@ def to_lion_state(state: Any) -> Any:
             "worker axis."
         )
     old = workers_of(state)
+    check_rows(state, old)
 
     def mean(x: Any) -> Any:
         x = _on_host(x)
@@ -281,15 +302,24 @@ def set_hyperparams(state: Any, **values: Any) -> Any:
     """
     known: set[str] = set()
 
-    def is_injected(node: Any) -> bool:
-        return hasattr(node, "_replace") and isinstance(getattr(node, "hyperparams", None), dict)
+    def filled(x: Any, value: Any) -> Any:
+        """A whole number may become a fraction, such as a decay that began at 0."""
+        dtype = jnp.result_type(x)
+        whole = not jnp.issubdtype(dtype, jnp.inexact)
+        return jnp.full_like(x, value, dtype=jnp.result_type(float) if whole else dtype)
 
     def one(node: Any) -> Any:
         if not is_injected(node):
             return node
         known.update(node.hyperparams)
+        for name in values:
+            if name in getattr(node, "hyperparams_states", {}):
+                raise ValueError(
+                    f"`{name}` follows a schedule, which sets it anew in every step. Inject a "
+                    f"number, optax.inject_hyperparams(...)({name}=0.1), to set it by hand."
+                )
         new = {
-            name: jax.tree.map(lambda x, name=name: jnp.full_like(x, values[name]), old)
+            name: jax.tree.map(lambda x, name=name: filled(x, values[name]), old)
             if name in values
             else old
             for name, old in node.hyperparams.items()

@@ -105,8 +105,9 @@ def synchronize_momentum(
 
     @default_promotion
     def average(mus: Any) -> Any:
-        means = finite_mean(mus, axis_name, wire_dtype=wire_dtype)[0]
-        return jax.tree.map(lambda m: wire.vary(m, axis_name), means)
+        means, health = finite_mean(mus, axis_name, wire_dtype=wire_dtype)
+        some = health.workers > 0  # else sums would overflow: each keeps its own
+        return jax.tree.map(lambda x, m: jnp.where(some, wire.vary(x, axis_name), m), means, mus)
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any

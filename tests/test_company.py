@@ -92,11 +92,11 @@ def test_what_differs_by_process_is_made_one_or_named(shape, tmp_path):
             assert results[name].tobytes() == first[name].tobytes(), name
     for results in (first, *others):
         said = {name: str(x) for name, x in results.items() if not name.startswith("made one")}
-        assert "`params['w']` differs by process before the first call" in said["own parameters"]
+        assert "`params['w']` differs by process before call 1" in said["own parameters"]
         assert "replicate(" in said["own parameters"]
         for name in ("own rate", "own rate, pmap"):
-            assert "differs by worker after call 1 of this step" in said[name]
-            assert "learning rate" in said[name]
+            assert "the program differs between process" in said[name]
+            assert "in call 1 of the step" in said[name]
         assert "`batch` is an array of this process alone" in said["own rows"]
         assert "make_global_batch(rows, mesh)" in said["own rows"]
         assert "`rows` has 7 rows" in said["odd rows"]

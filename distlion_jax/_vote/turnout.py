@@ -19,7 +19,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from distlion_jax._promotion import default_promotion
-from distlion_jax._rules import AxisName, Rules, concrete_value
+from distlion_jax._rules import MAX_WEIGHT, AxisName, Rules, concrete_value
 from distlion_jax._vote import coins, wire
 from distlion_jax._vote.words import Layout
 from distlion_jax.exchanges import Roles
@@ -153,6 +153,17 @@ def all_finite(tree: Any) -> Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)] or [True]))
 
 
+def summable(tree: Any, most: int) -> Array:
+    """``bool[]``: whether so many times any number of the tree is finite, in float32 at least."""
+
+    def fits(x: Any) -> Array:
+        wide = jnp.promote_types(jnp.result_type(x), jnp.float32)
+        limit = jnp.finfo(wide).max / most
+        return jnp.all(jnp.abs(x).astype(limit.dtype) <= limit)  # a NaN is not
+
+    return jnp.all(jnp.stack([fits(x) for x in jax.tree.leaves(tree)] or [True]))
+
+
 def finite_norm(tree: Any) -> Array:
     """``bool[]``: whether the tree has a finite norm in float32.
 
@@ -198,6 +209,9 @@ def sum_over_present(
     """``sum_i weight_i x_i`` over the workers with a weight, in float32 at least; replicated."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     mine = jnp.where(weight > 0, x.astype(wide) * weight, 0)
+    if wire_dtype is not None and jnp.iscomplexobj(mine):
+        parts = [wire.total(part.astype(wire_dtype), axis) for part in (mine.real, mine.imag)]
+        return jax.lax.complex(*(part.astype(jnp.finfo(wide).dtype) for part in parts))
     return wire.total(mine.astype(wire_dtype or wide), axis).astype(wide)
 
 
@@ -244,7 +258,8 @@ def finite_mean(
     Returns:
       The mean, in the arrays' dtypes and the same on all workers; who was counted.
     """
-    weight = jnp.where(all_finite(tree), jnp.asarray(weight, jnp.int32), 0)
+    most = wire.size(axis) * (1 if isinstance(weight, int) else MAX_WEIGHT)
+    weight = jnp.where(summable(tree, most), jnp.asarray(weight, jnp.int32), 0)
     sums, whole, health = weighted_sum(tree, weight, axis, wire_dtype)
     mean = lambda s, x: (s / whole.astype(s.dtype)).astype(x.dtype)  # noqa: E731 (0 / 0 is NaN)
     return jax.tree.map(mean, sums, tree), health

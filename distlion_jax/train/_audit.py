@@ -110,8 +110,13 @@ def everywhere(same: Array) -> bool:
     return all(bool(np.all(np.asarray(shard.data))) for shard in same.addressable_shards)
 
 
+def is_scheduled(call: int) -> bool:
+    """Whether a step looks in this call: in 1, 2, 4, ..., 256, and then in every 256th."""
+    return call & (call - 1) == 0 or call % 256 == 0  # a power of two has one bit
+
+
 def check_on_schedule(agree: Callable[[Any], bool]) -> Callable[[Any, bool], None]:
-    """Looks, in calls 1, 2, 4, 8 and so on, whether all workers hold the same parameters.
+    """Looks, as scheduled, whether all workers hold the same parameters, and the like.
 
     For steps in which JAX does not check it. It costs a small program to compile, and a wait for
     the parameters in the calls in which it looks.
@@ -120,25 +125,28 @@ def check_on_schedule(agree: Callable[[Any], bool]) -> Callable[[Any, bool], Non
       agree: whether all workers hold the same bits of a tree.
 
     Returns:
-      A function to be given the parameters after each step, and whether the transformation
-      declares that it makes workers agree; otherwise it looks in every call. It raises a
-      ``ValueError`` where they differ. Inside another transformation (``jax.jit``,
+      A function to be given trees of what must be the same, by name, after each step, and whether
+      the transformation declares that it makes workers agree; otherwise it looks in every call. It
+      raises a ``ValueError`` where they differ. Inside another transformation (``jax.jit``,
       ``jax.eval_shape``) it does nothing.
     """
     calls = 0
 
-    def look(params: Any, declared: bool = True) -> None:
+    def look(same: dict[str, Any], declared: bool = True) -> None:
         nonlocal calls
-        if any(isinstance(x, Tracer) for x in jax.tree.leaves(params)):
+        if any(isinstance(x, Tracer) for x in jax.tree.leaves(same)):
             return
         calls += 1
-        scheduled = calls & (calls - 1) == 0  # a power of two has one bit
-        if (declared and not scheduled) or agree(params):
+        if (declared and not is_scheduled(calls)) or agree(same):
             return
-        named = jax.tree_util.tree_leaves_with_path(params)
-        differing = (jax.tree_util.keystr(path) for path, x in named if not agree(x))
+        differing = (
+            name + jax.tree_util.keystr(path)
+            for name, tree in same.items()
+            for path, x in jax.tree_util.tree_leaves_with_path(tree)
+            if not agree(x)
+        )
         raise ValueError(
-            f"`params{next(differing)}` differs by worker after call {calls} of this step: it "
+            f"`{next(differing)}` differs by worker after call {calls} of this step: it "
             "differed from the start, or what `tx` does to it, or in some steps, is each worker's "
             "own (as an ordinary optimizer on local gradients, what optax.masked passes on, or a "
             "vote over some of the axes only), or processes run with options that differ, such as "

@@ -5,6 +5,7 @@ In:  the batch, state and extra arguments of a step (shapes and types).
 Out: nothing, or a ``ValueError``. What ``update`` is given is checked in ``distlion_jax._checks``.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -60,6 +61,25 @@ def check_global(batch: Any, several: bool) -> None:
                 "dropped. Each process passes the rows that it has loaded through "
                 "distlion_jax.make_global_batch(rows, mesh), which makes one array of all."
             )
+        sharding: Any = getattr(x, "sharding", None)
+        if concrete and not _rows_are_apart(sharding, x.shape):
+            raise ValueError(
+                f"`batch{jax.tree_util.keystr(path)}` claims to be the same on several processes "
+                f"(its sharding is {sharding}): rows that they do not share would be dropped. "
+                "Split its leading axis over all of the step's axes, as "
+                "distlion_jax.make_global_batch(rows, mesh, axes) does."
+            )
+
+
+@functools.lru_cache
+def _rows_are_apart(sharding: Any, shape: tuple[int, ...]) -> bool:
+    """Whether no row lies on devices of two processes."""
+    owners: dict[tuple[Any, Any], int] = {}
+    for device, index in sharding.devices_indices_map(shape).items():
+        key = index[0].start, index[0].stop
+        if owners.setdefault(key, device.process_index) != device.process_index:
+            return False
+    return True
 
 
 def check_by_worker(name: str, tree: Any, n: int, cure: str) -> None:
@@ -121,6 +141,18 @@ def check_unconditional(state: Any) -> None:
                 f"`tx` holds a vote or an average inside {name}, which lets each worker decide by "
                 "its own numbers whether to hold it: the others would wait for ever. Leave it out: "
                 "a worker with numbers that are not finite sits the round out by itself."
+            )
+
+
+def check_decided_alike(state: Any) -> None:
+    """Raises for an exchange in a branch that arguments of a worker's own could decide."""
+    kinds = (optax.ConditionallyTransformState, optax.ConditionallyMaskState)
+    for node in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kinds)):
+        if isinstance(node, kinds) and exchanges(node.inner_state):
+            raise ValueError(
+                "`tx` holds a vote or an average inside optax.conditionally_transform (or _mask), "
+                "and the step was given arguments of each worker's own: those that skip it would "
+                "leave the others waiting for ever. Decide by the step's number alone."
             )
 
 
@@ -205,7 +237,7 @@ def check_declared(state: Any) -> None:
         )
 
 
-def check_shapes(name: str, old: Any, new: Any) -> None:
+def check_shapes(name: str, old: Any, new: Any, cure: str = "") -> None:
     """Raises where a step changed the structure, or shapes: what does not fit was broadcast."""
     if jax.tree.structure(old) != jax.tree.structure(new):
         before, after = (
@@ -223,6 +255,9 @@ def check_shapes(name: str, old: Any, new: Any) -> None:
         if np.shape(before) != np.shape(after):
             raise ValueError(
                 f"`{name}{jax.tree_util.keystr(path)}` would change shape in the step, from "
+                f"{np.shape(before)} to {np.shape(after)}. {cure}"
+                if cure
+                else f"`{name}{jax.tree_util.keystr(path)}` would change shape in the step, from "
                 f"{np.shape(before)} to {np.shape(after)}: the state does not fit the parameters. "
                 "It is init_state(tx, params, mesh, axis_name) for local gradients, "
                 "tx.init(params), replicated, for gradients='mean', and "

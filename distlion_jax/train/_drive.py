@@ -8,6 +8,7 @@ In:  the arguments of a call. Out: the results of the program; or an error, befo
 import dataclasses
 import warnings
 import weakref
+import zlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -15,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distlion_jax._vote.wire import is_key
 from distlion_jax.accumulate import adopt
-from distlion_jax.exchanges import exchanges, is_once
+from distlion_jax.exchanges import exchanges, is_once, roles_of
 from distlion_jax.train import _audit as audit
 from distlion_jax.train import _checks as checks
 from distlion_jax.train import _extra, _whole
@@ -50,6 +52,7 @@ class Place:
     vote_sizes: tuple[int, ...]  # of the axes that vote
     stacked: bool  # whether the state has a leading worker axis
     watched: bool  # whether JAX does not check that replicas stay alike
+    rows: tuple[int, ...] | None = None  # the workers whose rows this process passes; None: all
 
 
 def once_parts(state: Any) -> list[Any]:
@@ -64,6 +67,7 @@ class Driver:
       tx: the transformation.
       place: of whom it is.
       agree: whether all devices hold the same bits of a tree of replicated arrays.
+      lower: the program of arguments, key and extra arguments, before it is compiled.
       has_model_state: whether arguments and results have the model's state in second place.
       microbatches: how many parts a worker takes its rows in.
       donate: whether the program gives the buffers of its arguments away.
@@ -75,26 +79,29 @@ class Driver:
         tx: Any,
         place: Place,
         agree: Callable[[Any], bool],
+        lower: Callable[..., Any],
         *,
         has_model_state: bool,
         microbatches: int,
         donate: bool,
         one: Callable[[Any], Any] = lambda params: params,
     ) -> None:
-        self.tx, self.place = adopt(tx), place
+        self.tx, self.place = adopt(tx) if place.stacked else tx, place
         self.has_model_state, self.microbatches, self.donate = has_model_state, microbatches, donate
         self.company = Company(place.devices)
-        self._agree, self._one = agree, one
+        self._agree, self._lower, self._one = agree, lower, one
         self._look = audit.check_on_schedule(agree)
         self._last: list[Any] = []  # weak references to the arrays that it returned last
         self._form: Any = None  # their structure
+        self._shapes_met: Any = None  # of the arguments, when the processes last compared programs
         self._declared = True  # whether `tx` says that it makes workers agree
         self._calls = 0
         here = jax.process_index()
-        virtual = sum(d.platform == "cpu" and d.process_index == here for d in place.devices) > 1
+        mine = [d.platform for d in place.devices if d.process_index == here]
         # Virtual CPU devices share the threads of one pool: steps that queue up starve one
         # another's collectives, until XLA gives up and aborts the process.
-        self._waits = virtual or self.company.several
+        self._at_once = "cpu" in mine and (len(mine) > 1 or self.company.several)
+        self._pending: Any = None  # figures of the last call, on accelerators of several processes
 
     def split(self, args: tuple[Any, ...]) -> tuple[Any, Any, Any, Any]:
         """Parameters, model state (or nothing), state and batch."""
@@ -128,9 +135,11 @@ class Driver:
         if checks.is_traced((batch, rng, extra, (params, state) if new else ())):
             if place.watched and place.stacked and place.workers > 1:
                 checks.check_declared(state)
-        elif new and self.donate:
-            params, model_state, state = _apart((params, model_state, state))
-        return params, model_state, state, batch, extra
+        elif self.donate:
+            kept = _apart((params, model_state, state)) if new else (params, model_state, state)
+            params, model_state, state = kept
+            batch, rng, extra = _apart_from(kept, (batch, rng, extra))
+        return params, model_state, state, batch, rng, extra
 
     def _are_new(self, kept: Any) -> bool:
         """Whether these are not what the step returned last, which need no second look."""
@@ -159,7 +168,7 @@ class Driver:
                 "resize_state makes one for another number of them.",
             )
             if not checks.is_traced(state):
-                _whole.check_whole(state, self.place.vote_sizes)
+                _whole.check_whole(state, self.place.vote_sizes, self.place.rows)
         return state
 
     def _shapes(self, params: Any, n: int) -> Any:
@@ -174,10 +183,18 @@ class Driver:
         spread = lambda x: x if is_once(x) else stacked(x)  # noqa: E731
         return jax.tree.map(spread, shapes, is_leaf=is_once)
 
-    def before(self, params: Any, model_state: Any, state: Any) -> None:
-        """Raises where several processes do not begin with the same numbers."""
-        if not self.company.several or self._calls or checks.is_traced(params):
+    def _meet(self, params: Any, model_state: Any, state: Any, given: Any) -> None:
+        """In several processes: raises where a call begins anew, and they differ in what with."""
+        leaves, form = jax.tree.flatten(given)
+        shapes = str([(np.shape(x), str(getattr(x, "dtype", ""))) for x in leaves]), str(form)
+        kept, known = (params, model_state, state), shapes == self._shapes_met
+        if known and not self._are_new(kept):
             return
+        self._shapes_met = shapes
+        card = {"shapes": _crc(*shapes), **shared_values(state, self.place.stacked)}
+        if not known:
+            card["the program"] = _program(self._lower(*given))
+        self.company.agree(card)
         once = once_parts(state) if self.place.stacked else state
         if self._agree((params, model_state, once)):
             return
@@ -185,35 +202,48 @@ class Driver:
             for path, x in jax.tree_util.tree_leaves_with_path(tree):
                 if not self._agree(x):
                     raise ValueError(
-                        f"`{name}{jax.tree_util.keystr(path)}` differs by process before the first "
-                        "call of this step: each process drew its own, or restored another "
-                        "checkpoint. replicate(..., mesh), and pmap_replicate, make copies of "
-                        "process 0's for all."
+                        f"`{name}{jax.tree_util.keystr(path)}` differs by process before call "
+                        f"{self.company.calls} of this step: each process drew its own, or "
+                        "restored another checkpoint. replicate(..., mesh), and pmap_replicate, "
+                        "make copies of process 0's for all."
                     )
 
     def run(
         self, program: Callable[..., tuple[Any, ...]], args: tuple[Any, ...], rng: Any, extra: Any
     ) -> tuple[Any, ...]:
         """One call: checks, the program, and a look at what it did."""
-        with self.company.call(args, extra), leading_on():
-            params, model_state, state, batch, extra = self.prepare(args, rng, extra)
-            self.before(params, model_state, state)
-            out = program(self.join((params, model_state, state, batch)), rng, extra)
+        with self.company.call(), leading_on():
+            params, model_state, state, batch, rng, extra = self.prepare(args, rng, extra)
+            if self.company.several and not checks.is_traced((params, batch)):
+                whole = self.join((params, model_state, state, batch))
+                self._meet(params, model_state, state, (whole, rng, extra))
+            unseen = checks.is_traced((params, state, batch, rng, extra))
+            out = program(unseen, self.join((params, model_state, state, batch)), rng, extra)
             params, model_state, state, metrics = self.split(out)
             if checks.is_traced(metrics):
                 return out
-            if self._waits:
-                (self.company.wait if self.company.several else jax.block_until_ready)(metrics)
+            self._wait(metrics)
             self._calls += 1
             if (self.place.watched or self.company.several) and self.place.workers > 1:
-                self._look(params, self._declared or not self.place.watched)
+                once = once_parts(state) if self.place.stacked else ()
+                same = {"params": params, "model_state": model_state, "state": once}
+                self._look(same, self._declared or not self.place.watched)
             self._warn(metrics)
             self._remember((params, model_state, state))
             return out
 
+    def _wait(self, metrics: Metrics) -> None:
+        """Waits for this call, or for the one before it; in company, with an ear for the others."""
+        if not self._at_once:
+            metrics, self._pending = self._pending, metrics if self.company.several else None
+        if self.company.several:
+            self.company.wait(metrics)
+        elif self._at_once:
+            jax.block_until_ready(metrics)
+
     def _warn(self, metrics: Metrics) -> None:
         """A word where rounding loses most of what an update would do."""
-        scheduled = self._calls & (self._calls - 1) == 0  # a power of two has one bit
+        scheduled = audit.is_scheduled(self._calls)
         if metrics.unmoved is None or not scheduled:
             return
         share = float(np.asarray(metrics.unmoved))
@@ -225,6 +255,53 @@ class Driver:
                 "function: jax.tree.map(lambda x: x.astype(jnp.bfloat16), params).",
                 stacklevel=4,
             )
+
+
+def _crc(*texts: str) -> str:
+    return f"{zlib.crc32(repr(texts).encode()):08x}"
+
+
+def _program(lowered: Any) -> str:
+    """A hash of a program; none where it calls back into Python, by addresses of each process."""
+    text = lowered.as_text()
+    return "" if "callback" in text else _crc(text)
+
+
+def shared_values(state: Any, stacked: bool) -> dict[str, str]:
+    """Hashes of what must be the same on all workers, by its name; and whose rounds were held."""
+    if not stacked:
+        return {}
+    found: dict[str, str] = {}
+    for path, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=_declares):
+        roles = roles_of(node)
+        if roles is None or roles.once:
+            continue
+        for name in roles.shared:
+            for inner, x in jax.tree_util.tree_leaves_with_path(getattr(node, name)):
+                where = f"`state{jax.tree_util.keystr(path)}.{name}{jax.tree_util.keystr(inner)}`"
+                found[where] = _summary(_first_row(x))
+        for name in set(getattr(node, "_fields", ())) - {*roles.own, *roles.shared}:
+            nested = shared_values(getattr(node, name), stacked)
+            found |= {k.replace("`state", f"`state{jax.tree_util.keystr(path)}.{name}"): v
+                      for k, v in nested.items()}  # fmt: skip
+        if getattr(node, "stamp", None) is not None:
+            used = bool(_first_row(node.stamp)[1:].any())
+            found[f"`state{jax.tree_util.keystr(path)}.stamp`"] = "used" if used else "fresh"
+    return found
+
+
+def _declares(node: Any) -> bool:
+    return roles_of(node) is not None
+
+
+def _first_row(x: Any) -> np.ndarray:
+    """The first of the rows that this process holds."""
+    x = x.addressable_shards[0].data if hasattr(x, "addressable_shards") else x
+    return np.asarray(jax.random.key_data(x) if is_key(x) else x)[0]
+
+
+def _summary(x: np.ndarray) -> str:
+    return str(x.item()) if x.ndim == 0 else f"{zlib.crc32(x.tobytes()):08x}"
 
 
 def given(rng: Any, extra: dict[str, Any]) -> dict[str, Any]:
@@ -245,3 +322,9 @@ def _apart(trees: Any) -> Any:
         return x
 
     return jax.tree.map(one, trees)
+
+
+def _apart_from(kept: Any, others: Any) -> Any:
+    """The others, with copies of those arrays that are given away with what is kept."""
+    given_away = set(map(id, jax.tree.leaves(kept)))
+    return jax.tree.map(lambda x: jnp.copy(x) if id(x) in given_away else x, others)

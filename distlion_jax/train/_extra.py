@@ -56,7 +56,7 @@ def check_read(tx: Any, name: str, grads: Any, state: Any, params: Any, extra: A
     jaxpr = jax.make_jaxpr(update)(extra[name]).jaxpr
     read = {id(x) for equation in jaxpr.eqns for x in equation.invars}
     if read.isdisjoint(map(id, jaxpr.invars)):
-        near = difflib.get_close_matches(name, KNOWN, 1)
+        near = difflib.get_close_matches(name, set(KNOWN) - {name}, 1, 0.7)
         hint = f"Did you mean `{near[0]}`?" if near else f"Votes take {VOTES_TAKE}."
         raise TypeError(f"`{name}` is an argument that nothing in `tx` reads. {hint}")
 

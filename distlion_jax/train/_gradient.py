@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from distlion_jax._promotion import default_promotion
 from distlion_jax._vote import wire
 from distlion_jax.train._mesh import local_value_and_grad
 
@@ -49,6 +50,11 @@ def _parts(out: Any, model_state: Any, has_aux: bool, has_model_state: bool) -> 
             "has_aux=True takes what comes beside it."
         )
     return loss, model_state, aux
+
+
+@default_promotion
+def _at_least_float32(dtype: Any) -> Any:
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def value_and_gradient(
@@ -92,9 +98,7 @@ def value_and_gradient(
             total = jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads)
             return (model_state, total), (value, aux)
 
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), params
-        )
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, _at_least_float32(x.dtype)), params)
         start = wire.vary_tree((model_state, zeros), axes)
         given = jnp.arange(microbatches), jax.tree.map(split, batch)
         (model_state, total), (values, auxes) = jax.lax.scan(one, start, given)

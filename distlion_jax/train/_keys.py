@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random keys in a transformation's state, before the vote: every worker draws its own numbers.
+"""Noise before a vote (``optax.add_noise``): every worker draws its own numbers.
 
 In:  a state, without a worker axis. Out: the same, its keys folded with the worker's index.
 
-A state is made once and copied to all workers, keys included. Noise before a vote
-(``optax.add_noise``) would be the same on all of them, and their votes unanimous.
+A state is made once and copied to all workers, keys included. The same noise on all of them would
+make their votes unanimous. Keys of other transformations are left as they are: they may be meant to
+be the same.
 """
 
 from typing import Any
@@ -13,31 +14,32 @@ import jax
 import optax
 
 from distlion_jax._vote import wire
-from distlion_jax.exchanges import is_exchange, is_once
-
-
-def _has_key(node: Any) -> bool:
-    return isinstance(node, optax.AddNoiseState) or is_exchange(node) or is_once(node)
+from distlion_jax.exchanges import exchanges, is_exchange, is_once
 
 
 def own_keys(state: Any, axes: tuple[str, ...]) -> Any:
-    """The state with keys of this worker's own, in what stands before the last exchange.
+    """The state with this worker's own keys where noise stands before an exchange.
 
-    What follows the exchange must be the same on all workers, and so must its keys.
+    What follows one must be the same on all workers, and so must its keys.
     """
-    nodes, treedef = jax.tree.flatten(state, is_leaf=_has_key)
-    last = max((i for i, node in enumerate(nodes) if is_exchange(node)), default=-1)
+    return _walk(state, axes, before=False)
 
-    def fold(key: Any) -> Any:
-        return jax.random.fold_in(key, wire.worker(axes)) if wire.is_key(key) else key
 
-    def one(i: int, node: Any) -> Any:
-        if i >= last or is_exchange(node) or is_once(node):
-            return node
-        if isinstance(node, optax.AddNoiseState):
-            key = node.rng_key  # typed, or the two words of old
-            mine = jax.random.fold_in(key, wire.worker(axes))
-            return node._replace(rng_key=mine)
-        return fold(node)
-
-    return treedef.unflatten([one(i, node) for i, node in enumerate(nodes)])
+def _walk(node: Any, axes: tuple[str, ...], before: bool) -> Any:
+    """``before``: whether an exchange follows this part of a chain."""
+    if isinstance(node, optax.AddNoiseState) and before:
+        mine = jax.random.fold_in(node.rng_key, wire.worker(axes))
+        return node._replace(rng_key=mine)
+    if is_exchange(node) or is_once(node) or not isinstance(node, tuple | list | dict):
+        return node
+    if isinstance(node, dict):  # groups of leaves, side by side
+        return {name: _walk(child, axes, before) for name, child in node.items()}
+    holds = [bool(exchanges(child)) for child in node]
+    chain = not hasattr(node, "_fields")
+    parts = []
+    for i, child in enumerate(node):
+        passed = chain and any(holds[:i])
+        follows = before or (chain and any(holds[i + 1 :]))
+        parts.append(child if passed else _walk(child, axes, follows))
+    make: Any = type(node)
+    return make(parts) if chain else make(*parts)

@@ -163,6 +163,17 @@ def make_global_batch(rows: Any, mesh: Mesh, axis_name: AxisName = "data") -> An
                 "this process in the mesh cannot share equally. Each process passes the same "
                 f"number of rows, a multiple of {mine}."
             )
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), rows
-    )
+    split = int(np.prod([mesh.shape[name] for name in wire.axes(axis_name)]))
+    if spans_processes(mesh.devices.flat) and split < mesh.size:
+        raise ValueError(
+            f"`axis_name` {axis_name!r} leaves out axes of the mesh {dict(mesh.shape)}: their "
+            "devices would share rows that processes have loaded apart. Name all axes that the "
+            "batch is split over, those that vote first."
+        )
+
+    def one(x: Any) -> jax.Array:
+        x = np.asarray(x)
+        whole = (x.shape[0] // mine * split, *x.shape[1:]) if split == mesh.size else None
+        return jax.make_array_from_process_local_data(sharding, x, whole)
+
+    return jax.tree.map(one, rows)

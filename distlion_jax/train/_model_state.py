@@ -12,7 +12,8 @@ from jax import Array
 
 from distlion_jax._promotion import default_promotion
 from distlion_jax._vote import wire
-from distlion_jax._vote.turnout import finite_mean
+from distlion_jax._vote.turnout import weighted_sum
+from distlion_jax.train._checks import check_shapes
 
 
 @default_promotion
@@ -34,20 +35,26 @@ def agree(new: Any, old: Any, entered: Array, axes: tuple[str, ...]) -> Any:
             f"{jax.tree.structure(old)} to {jax.tree.structure(new)}. Return all of it, in the "
             "containers that it came in."
         )
+    check_shapes("model_state", old, new, "Return statistics in the shapes that came in.")
     leaves, treedef = jax.tree.flatten(new)
     before = jax.tree.leaves(old)
     real = [jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in leaves]
-    floats = [jnp.asarray(x) for x, chosen in zip(leaves, real, strict=True) if chosen]
-    means, health = finite_mean(floats, axes, jnp.where(entered, 1, 0))
-    averaged = iter(means)
+    floats = [(jnp.asarray(x), y) for x, y, it in zip(leaves, before, real, strict=True) if it]
+    # What was not finite before, as a minimum that begins at infinity, may stay so.
+    fine = [jnp.all(jnp.isfinite(x) | ~jnp.isfinite(y)) for x, y in floats]
+    entered &= jnp.all(jnp.stack([*fine, jnp.bool_(True)]))
+    weight = jnp.where(entered, 1, 0)
+    sums, whole, _ = weighted_sum([x for x, _ in floats], weight, axes)
+    means = iter([s / whole.astype(s.dtype) for s in sums])
 
     def one(x: Any, x0: Any, chosen: bool) -> Array:
         if chosen:
-            return jnp.where(health.workers > 0, next(averaged), x0).astype(x0.dtype)
+            return jnp.where(whole > 0, next(means), x0).astype(x0.dtype)
         if wire.is_key(x):
-            data = wire.from_first(jax.random.key_data(x), axes)
-            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
-        whole = wire.largest(jnp.where(entered, x, x0).astype(jnp.int32), axes)
-        return whole.astype(x0.dtype)
+            return wire.copies_of_first(x, axes)
+        mine = jnp.where(entered, x, x0)
+        if x0.dtype == jnp.bool_:
+            return wire.largest(mine.astype(jnp.uint8), axes).astype(jnp.bool_)
+        return wire.largest(mine.astype(x0.dtype), axes)
 
     return treedef.unflatten([one(*each) for each in zip(leaves, before, real, strict=True)])

@@ -74,37 +74,34 @@ def make_pmap_train_step(
 
     # Two nested arguments: pmap took `in_axes` for the arrays' own where their numbers agreed.
     mapped = jax.pmap(
-        lambda kept, given: worker(*kept, *given),
+        lambda unseen, kept, given: worker(*kept, *given, compare=unseen),
         axis_name,
-        in_axes=((0, 0, 0), (0, None, 0)),
+        in_axes=(None, (0, 0, 0), (0, None, 0)),
+        static_broadcasted_argnums=0,
         devices=devices,
-        donate_argnums=(0,) if donate else (),
+        donate_argnums=(1,) if donate else (),
     )
     first = jax.pmap(lambda tree: audit.all_same(tree, axis_name), axis_name, devices=devices)
     driver = Driver(
         tx,
-        Place(
-            tuple(devices),
-            workers=len(devices),
-            entries=here,
-            shards=here,
-            vote_sizes=(len(devices),),
-            stacked=True,
-            watched=True,
-        ),
+        _place(devices, here),
         lambda tree: not jax.tree.leaves(tree) or audit.everywhere(first(tree)),
+        lambda args, rng, extra: mapped.lower(False, *arranged(args, rng, extra)),
         has_model_state=has_model_state,
         microbatches=microbatches,
         donate=donate,
         one=lambda params: jax.tree.map(lambda x: x[0], params),
     )
 
-    def program(args: tuple[Any, ...], rng: Any, extra: dict[str, Any]) -> tuple[Any, ...]:
+    def arranged(args: tuple[Any, ...], rng: Any, extra: dict[str, Any]) -> tuple[Any, Any]:
         params, model_state, state, batch = driver.split(args)
         for name, tree in (("params", params), ("model_state", model_state)):
             check_by_worker(name, tree, here, "Make it with pmap_replicate.")
         rows = jax.tree.map(lambda x: x.reshape(here, x.shape[0] // here, *x.shape[1:]), batch)
-        *kept, metrics = mapped((params, model_state, state), (rows, rng, extra))
+        return (params, model_state, state), (rows, rng, extra)
+
+    def program(unseen: bool, args: Any, rng: Any, extra: dict[str, Any]) -> tuple[Any, ...]:
+        *kept, metrics = mapped(unseen, *arranged(args, rng, extra))
         # All figures are the same on all workers: one copy of each is enough.
         return driver.join((*kept, jax.tree.map(one_of, metrics)))
 
@@ -112,6 +109,25 @@ def make_pmap_train_step(
         return driver.run(program, args, rng, extra)
 
     return step
+
+
+def _place(devices: Sequence[Any], here: int) -> Place:
+    processes = [d.process_index for d in devices]
+    if len({processes.count(process) for process in processes}) > 1:
+        raise ValueError(
+            f"`devices` are of processes {processes}: pmap takes as many of each process. A mesh "
+            "and make_train_step take others."
+        )
+    return Place(
+        tuple(devices),
+        workers=len(devices),
+        entries=here,
+        shards=here,
+        vote_sizes=(len(devices),),
+        stacked=True,
+        watched=True,
+        rows=tuple(i for i, p in enumerate(processes) if p == jax.process_index()),
+    )
 
 
 def one_of(x: Any) -> Any:
@@ -144,6 +160,8 @@ def pmap_replicate(tree: Any, devices: Sequence[Any] | None = None) -> Any:
     devices = all_devices(devices)
     here = sum(d.process_index == jax.process_index() for d in devices)
     leaves, treedef = jax.tree.flatten(tree)
+    if not leaves:
+        return tree
     kinds = [jax.random.key_impl(x) if is_key(x) else None for x in leaves]
     host = [np.asarray(jax.random.key_data(x) if is_key(x) else x) for x in leaves]
     stacked = [np.broadcast_to(x, (here, *x.shape)) for x in host]

@@ -13,15 +13,14 @@ import atexit
 import contextlib
 import itertools
 import json
+import sys
 import threading
 import time
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from distlion_jax.cluster import coordinator
 
@@ -33,6 +32,20 @@ _SILENCE = 30.0  # seconds without one, after which a process is taken for dead
 _PATIENCE = 60.0  # seconds of waiting, after which a word is said
 
 
+_CURES = {  # by the name of what differs
+    "the program": (
+        "Options, the loss function, or JAX's configuration differ: give all processes the same. "
+        "If the code goes through sets, begin all processes with PYTHONHASHSEED=0."
+    ),
+    "shapes": (
+        "All processes pass the same shapes and dtypes: drop the last, short batch on all of them."
+    ),
+    "": (
+        "Set or restore it alike on all processes: the same checkpoint, step and hyperparameters."
+    ),
+}
+
+
 def spans_processes(devices: Iterable[Any]) -> bool:
     """Whether the devices belong to more than one process."""
     return len({device.process_index for device in devices}) > 1
@@ -41,7 +54,7 @@ def spans_processes(devices: Iterable[Any]) -> bool:
 class Word(NamedTuple):
     """What a process has said."""
 
-    kind: str  # "raised", "ended", "alive", or "shapes" and the number of the call
+    kind: str  # "raised", "ended", "alive", or "new" and the number of the call
     process: int
     call: int  # the calls of the step that it had begun
     what: str
@@ -52,15 +65,13 @@ class Watch:
 
     Args:
       call: the number of the call.
-      shapes: a hash of this process's arguments.
+      new: whether this process begins anew in it, see :meth:`Company.agree`.
       told: what all others have said so far.
       began: when the wait began, in seconds.
     """
 
-    def __init__(
-        self, call: int, shapes: int, told: Callable[[], list[Word]], began: float
-    ) -> None:
-        self.call, self.shapes, self.told, self.began = call, str(shapes), told, began
+    def __init__(self, call: int, new: bool, told: Callable[[], list[Word]], began: float) -> None:
+        self.call, self.new, self.told, self.began = call, new, told, began
         self.reason, self.since = "", 0.0
         self.beats: dict[int, tuple[str, float]] = {}
         self.warned = False
@@ -97,7 +108,7 @@ class Watch:
 
     def _reason(self, words: list[Word]) -> str:
         for word in words:
-            if word.kind == "raised" and word.call <= self.call:
+            if word.kind == "raised" and word.what and word.call <= self.call:
                 return (
                     f"process {word.process} raised in call {word.call} of the step, and this "
                     f"process waits in call {self.call}: {word.what}"
@@ -105,14 +116,15 @@ class Watch:
             if word.kind == "ended" and word.call < self.call:
                 return (
                     f"process {word.process} ended after {word.call} calls of the step, and this "
-                    f"process waits in call {self.call}. Give all processes the same number of "
-                    "batches."
+                    f"process waits in call {self.call}. "
+                    + (word.what or "Give all processes the same number of batches.")
                 )
-            if word.kind == f"shapes{self.call}" and word.what != self.shapes:
+            if word.kind == f"new{self.call}" and not self.new:
                 return (
-                    f"process {word.process} was given arguments of other shapes or dtypes in call "
-                    f"{self.call} of the step. All processes pass the same shapes: drop the last, "
-                    "short batch on all of them."
+                    f"process {word.process} was given other shapes, or a state (or parameters) "
+                    f"that the step had not returned, in call {self.call}; this process was not. "
+                    "All processes pass the same shapes (drop the last, short batch on all of "
+                    "them), and set or restore a state together."
                 )
         return ""
 
@@ -126,19 +138,31 @@ class Company:
 
     def __init__(self, devices: Iterable[Any]) -> None:
         devices = list(devices)
-        self.several = spans_processes(devices)
+        here = {device.process_index for device in devices}
+        self.several = len(here) > 1
         self.calls = 0
-        self._shapes = 0
-        self._others = {device.process_index for device in devices} - {jax.process_index()}
-        self._beating: threading.Thread | None = None
-        if self.several:
-            self._prefix = f"distlion_jax/step{next(_steps)}/"
-            self._me = jax.process_index()
+        self._me = jax.process_index()
+        self._others = here - {self._me}
+        self._prefix = ""
+        self._new = self._raised = False
+        if self._me not in here:
+            raise ValueError(
+                f"`mesh` (or `devices`) holds no device of this process, {self._me} of "
+                f"{jax.process_count()}: it would take no part, in silence. Use the devices of all "
+                "processes, as worker_mesh() does."
+            )
+        if jax.process_count() > 1 and not self.several:
+            warnings.warn(
+                f"this step is of process {self._me} alone, of {jax.process_count()}: its devices "
+                "are all here, and it trains apart from the others. worker_mesh(), and pmap over "
+                "jax.devices(), span all processes.",
+                stacklevel=5,
+            )
 
     def _tell(self, kind: str, what: str) -> None:
         store = coordinator()
         if store is not None:
-            word = json.dumps([self._me, self.calls, what[:500]])
+            word = json.dumps([self._me, self.calls, what])
             with contextlib.suppress(Exception):  # the service may be gone: nobody waits then
                 store.key_value_set(f"{self._prefix}{kind}/{self._me}", word, True)
 
@@ -157,30 +181,62 @@ class Company:
             self._tell("alive", str(number))
             time.sleep(_BEAT_EVERY)
 
-    def _enter(self, arguments: Any) -> None:
-        """A new call: the others are told where its shapes are new."""
-        if self._beating is None:
-            atexit.register(self._tell, "ended", "")
-            self._beating = threading.Thread(target=self._beat, daemon=True)
-            self._beating.start()
-        self.calls += 1
-        shapes = [(np.shape(x), str(getattr(x, "dtype", ""))) for x in jax.tree.leaves(arguments)]
-        if (new := zlib.crc32(repr(shapes).encode())) != self._shapes:
-            self._shapes = new
-            self._tell(f"shapes{self.calls}", str(new))
+    def _end(self) -> None:
+        error = getattr(sys, "last_value", None)
+        self._tell("ended", "" if error is None else f"It raised {type(error).__name__}: {error}")
 
     @contextlib.contextmanager
-    def call(self, *arguments: Any) -> Iterator[None]:
+    def call(self) -> Iterator[None]:
         """One call of the step; the others are told if it raises."""
         if not self.several:
             yield
             return
-        self._enter(arguments)
+        if not self._prefix:  # numbered by their first calls, which are the same in all processes
+            self._prefix = f"distlion_jax/step{next(_steps)}/"
+            atexit.register(self._end)
+            threading.Thread(target=self._beat, daemon=True).start()
+        self.calls += 1
+        self._new = False
         try:
             yield
-        except Exception as error:
-            self._tell("raised", f"{type(error).__name__}: {error}")
+        except BaseException as error:
+            self._raised = True
+            self._tell("raised", f"{type(error).__name__}: {error}"[:500])
             raise
+        if self._raised:  # it went on
+            self._raised = False
+            self._tell("raised", "")
+
+    def agree(self, card: dict[str, str]) -> None:
+        """Raises unless all processes begin anew in this call, with the same card.
+
+        Args:
+          card: what must be the same in all processes, by name, in few words.
+        """
+        self._new = True
+        mine = f"new{self.calls}"
+        self._tell(mine, json.dumps(card))
+        watch = Watch(self.calls, True, self._told, time.monotonic())
+        pause, looked = 0.01, time.monotonic()
+        while True:
+            cards = {
+                word.process: json.loads(word.what) for word in self._told() if word.kind == mine
+            }
+            for process, other in sorted(cards.items()):
+                for name in sorted({*card, *other}):
+                    if card.get(name) != other.get(name):
+                        raise ValueError(
+                            f"{name} differs between process {process} and this one, "
+                            f"{self._me}, in call {self.calls} of the step ({other.get(name)} "
+                            f"and {card.get(name)}). {_CURES.get(name, _CURES[''])}"
+                        )
+            if set(cards) == self._others:
+                return
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)
+            if time.monotonic() - looked > _LOOK_EVERY:
+                looked = time.monotonic()
+                watch.look(looked)
 
     def wait(self, arrays: Any) -> None:
         """Waits for arrays; raises a ``RuntimeError`` where another process will not come."""
@@ -194,7 +250,7 @@ class Company:
 
         waiting = threading.Thread(target=block, daemon=True)
         waiting.start()
-        watch = Watch(self.calls, self._shapes, self._told, time.monotonic())
+        watch = Watch(self.calls, self._new, self._told, time.monotonic())
         while waiting.is_alive():
             waiting.join(_LOOK_EVERY)
             if waiting.is_alive():

@@ -5,6 +5,7 @@ In:  ``loss_fn(params, batch)``, an Optax transformation, a mesh.
 Out: a jitted, buffer-donating ``step(params, state, batch) -> (params, state, metrics)``.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
@@ -64,7 +65,8 @@ def make_train_step(
       check_vma: JAX's check that what claims to be replicated is. Transformations after the vote
         that keep arrays (as ``optax.ema``) pass it inside :func:`distlion_jax.replicated`. Without
         it, calls 1, 2, 4, 8, ... of the step compare the parameters of all devices; every call does
-        for a ``tx`` that declares no exchange.
+        for a ``tx`` that declares no exchange. Inside another ``jit``, or lowered, where nobody
+        can look, the loss becomes NaN once they differ.
       donate: whether the buffers of params and state are reused. Those passed in cannot be used
         again.
 
@@ -76,8 +78,8 @@ def make_train_step(
       the worker's index. Each ``extra`` argument (``participating``, ``weight``) is an array of
       shape [n], one entry a worker. ``value``, the workers' mean loss, is handed to ``tx`` in every
       step; one that you pass takes its place. ``metrics`` is :class:`distlion_jax.Metrics`.
-      ``step.lower(...)`` takes the same arguments, as a jitted function's. On virtual CPU devices,
-      and in several processes, the step is waited for.
+      ``step.lower(...)`` takes the same arguments, as a jitted function's. On virtual CPU devices
+      the step is waited for. In several processes it is too; on accelerators the one before it is.
 
     Raises:
       ValueError: for an axis that the mesh lacks. From the step: for arguments that do not fit; for
@@ -113,17 +115,19 @@ def make_train_step(
     )
 
     def mapped(
-        params: Any, model_state: Any, state: Any, batch: Any, rng: Any, extra: dict[str, Any]
+        unseen: bool, params: Any, model_state: Any, state: Any, batch: Any, rng: Any, extra: Any
     ) -> tuple[Any, ...]:
         if not stacked:
             check_averaged(state)
         state = unstack(state, axis_name) if stacked else state
         extra = jax.tree.map(lambda x: x[0], extra)
-        params, model_state, state, metrics = worker(params, model_state, state, batch, rng, extra)
+        params, model_state, state, metrics = worker(
+            params, model_state, state, batch, rng, extra, compare=unseen and not check_vma
+        )
         check_differ(place.axes, state, params)
         return params, model_state, stack(state) if stacked else state, metrics
 
-    def run(*args: Any, rng: Any = None, **extra: Any) -> tuple[Any, ...]:
+    def run(unseen: bool, *args: Any, rng: Any = None, **extra: Any) -> tuple[Any, ...]:
         params, model_state, state, batch = driver.split(args)
         by_state = place.state(state) if stacked else P()
         in_specs = place.params, P(), by_state, place.batch, P(), place.by_worker
@@ -131,7 +135,7 @@ def make_train_step(
         if AxisType.Explicit in mesh.axis_types:  # there, shard_map moves nothing by itself
             whole = jax.sharding.reshard(whole, place.shardings(in_specs))
         sharded = jax.shard_map(
-            mapped,
+            functools.partial(mapped, unseen),
             mesh=mesh,
             in_specs=in_specs,
             out_specs=(place.params, P(), by_state, P()),
@@ -139,7 +143,8 @@ def make_train_step(
         )
         return driver.join(sharded(*whole))
 
-    jitted = jax.jit(run, donate_argnums=tuple(range(2 + has_model_state)) if donate else ())
+    kept = tuple(range(1, 3 + has_model_state)) if donate else ()
+    jitted = jax.jit(run, static_argnums=0, donate_argnums=kept)
     driver = Driver(
         tx,
         Place(
@@ -152,20 +157,22 @@ def make_train_step(
             watched=not check_vma and place.shards > 1,
         ),
         lambda tree: audit.everywhere(audit.comparison(mesh)(tree)),
+        lambda args, rng, extra: jitted.lower(False, *args, **given(rng, extra)),
         has_model_state=has_model_state,
         microbatches=microbatches,
         donate=donate,
     )
 
     def step(*args: Any, rng: Any = None, **extra: Any) -> tuple[Any, ...]:
-        return driver.run(lambda a, key, more: jitted(*a, **given(key, more)), args, rng, extra)
+        program = lambda unseen, a, key, more: jitted(unseen, *a, **given(key, more))  # noqa: E731
+        return driver.run(program, args, rng, extra)
 
     def lower(*args: Any, rng: Any = None, **extra: Any) -> jax.stages.Lowered:
         _, _, state, _ = driver.split(args)
         if driver.place.watched and stacked:
             check_declared(state)
         with leading_on():
-            return jitted.lower(*args, **given(rng, extra))
+            return jitted.lower(True, *args, **given(rng, extra))
 
     step.lower = lower  # type: ignore[attr-defined]
     return cast(Step, step)

@@ -14,9 +14,12 @@ import warnings
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.core import Tracer
 
-from distlion_jax.exchanges import exchanges
+from distlion_jax.exchanges import exchanges, is_once
 
 CURE = (
     "Save and restore the whole state, its leading worker axis included. For another number of "
@@ -54,12 +57,13 @@ def _rows(stamp: Any) -> np.ndarray | None:
     return rows
 
 
-def check_whole(state: Any, sizes: tuple[int, ...]) -> None:
+def check_whole(state: Any, sizes: tuple[int, ...], passed: tuple[int, ...] | None = None) -> None:
     """Raises unless every worker holds the state that was its own.
 
     Args:
       state: with a leading worker axis.
       sizes: of the axes that the workers lie on.
+      passed: the workers whose rows these are; None: all, or those on this process's devices.
 
     Rows of NumPy arrays that were made for another number of workers were taken by hand. They are
     let through with a warning.
@@ -67,8 +71,12 @@ def check_whole(state: Any, sizes: tuple[int, ...]) -> None:
     n = int(np.prod(sizes))
     for stamp in stamps_of(state):
         rows = _rows(stamp)
-        if rows is None or len(rows) != n:
+        if rows is None or len(rows) != (n if passed is None else len(passed)):
             continue  # other checks say so
+        if passed is not None:
+            whole = np.full((n, 2), -1)
+            whole[list(passed)] = rows
+            rows = whole
         mine = rows[:, 1] >= 0
         used = rows[mine, 1] > 0
         if not used.any() or any((rows[mine] == x[mine]).all() for x in _expected(sizes)):
@@ -100,6 +108,9 @@ def check_fits(state: Any, expected: Any) -> None:
       expected: shapes of what ``tx.init`` makes.
     """
     if jax.tree.structure(state) == jax.tree.structure(expected):
+        for mine, other in zip(exchanges(state), exchanges(expected), strict=True):
+            for name in type(other).roles.like_params:
+                _check_dtypes(name, getattr(mine, name), getattr(other, name))
         return
     have, want = (
         [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
@@ -110,9 +121,8 @@ def check_fits(state: Any, expected: Any) -> None:
     if not missing and not excess:
         raise ValueError(
             "`state` has the leaves of the transformation's state in other containers (a list for "
-            "a tuple, say), as a checkpoint that was restored without a target. Put them into "
-            "those of a fresh one: jax.tree.unflatten(jax.tree.structure(init_state(...)), "
-            "jax.tree.leaves(state))."
+            "a tuple, say), as a checkpoint that was restored without a target. Restore it onto a "
+            "fresh one, as Orbax's restore(path, init_state(...)) does, so that names are matched."
         )
     lacks = f"it lacks {missing[0]}" if missing else f"it has {excess[0]} besides"
     raise ValueError(
@@ -123,14 +133,29 @@ def check_fits(state: Any, expected: Any) -> None:
     )
 
 
+def _check_dtypes(name: str, mine: Any, other: Any) -> None:
+    pairs = zip(jax.tree_util.tree_leaves_with_path(mine), jax.tree.leaves(other), strict=True)
+    for (path, x), y in pairs:
+        if x.dtype != y.dtype:
+            raise ValueError(
+                f"the state's `{name}{jax.tree_util.keystr(path)}` is {x.dtype}, and `tx` makes "
+                f"{y.dtype}: mu_dtype, or the parameters' dtype, has changed. Cast it, or build "
+                "`tx` as the state was."
+            )
+
+
+def is_injected(node: Any) -> bool:
+    """Whether a node of a state is that of ``optax.inject_hyperparams``."""
+    return isinstance(node, optax.InjectHyperparamsState | optax.InjectStatefulHyperparamsState)
+
+
 def with_rates(state: Any, n: int) -> Any:
     """The state with injected hyperparameters for every worker, where one was set by hand."""
 
-    def is_injected(node: Any) -> bool:
-        return hasattr(node, "_replace") and isinstance(getattr(node, "hyperparams", None), dict)
-
     def spread(x: Any) -> Any:
-        return np.broadcast_to(np.asarray(x), (n,)) if np.ndim(x) == 0 else x
+        if np.ndim(x):
+            return x
+        return jnp.broadcast_to(x, (n,)) if isinstance(x, Tracer) else np.full((n,), x)
 
     def one(node: Any) -> Any:
         if not is_injected(node):
@@ -139,7 +164,7 @@ def with_rates(state: Any, n: int) -> Any:
         inner = getattr(node, "inner_state", None)
         return node if inner is None else node._replace(inner_state=with_rates(inner, n))
 
-    return jax.tree.map(one, state, is_leaf=is_injected)
+    return jax.tree.map(one, state, is_leaf=lambda node: is_injected(node) or is_once(node))
 
 
 def with_health(state: Any, expected: Any) -> Any:

@@ -8,15 +8,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 from distlion_jax._rounds import Healthy, listen
 from distlion_jax._vote import wire
 from distlion_jax._vote.turnout import all_finite, finite_mean
 from distlion_jax.accumulate import adopt, sends_too_often
+from distlion_jax.exchanges import with_extra_args
 from distlion_jax.finite import keep_finite
 from distlion_jax.train import _model_state
-from distlion_jax.train._checks import check_shapes, check_unconditional, stands_side_by_side
-from distlion_jax.train._extra import KNOWN, check_heard, check_read
+from distlion_jax.train._audit import all_same
+from distlion_jax.train._checks import (
+    check_decided_alike,
+    check_shapes,
+    check_unconditional,
+    stands_side_by_side,
+)
+from distlion_jax.train._extra import KNOWN, VOTES_TAKE, check_heard, check_read
 from distlion_jax.train._gradient import value_and_gradient
 from distlion_jax.train._keys import own_keys
 from distlion_jax.train._metrics import average, took_part
@@ -35,7 +43,8 @@ def worker_step(
 ) -> Callable[..., tuple[Any, ...]]:
     """``step(params, model_state, state, batch, rng, extra)`` of one worker.
 
-    The state has no worker axis. The step returns the first three anew, and the figures.
+    The state has no worker axis. The step returns the first three anew, and the figures. With
+    ``compare`` it looks whether all workers hold the same parameters after it.
 
     Args:
       loss_fn: of the worker's own batch.
@@ -47,22 +56,35 @@ def worker_step(
       has_model_state: whether it takes and returns the model's state.
       microbatches: how many parts the batch is taken in.
     """
-    tx = keep_finite(adopt(tx))
+    tx = keep_finite(with_extra_args(tx) if mean_axes == axes else adopt(tx))
     gradient = value_and_gradient(loss_fn, axes, has_aux, has_model_state, microbatches)
 
     def update(grads: Any, state: Any, params: Any, extra: dict[str, Any]) -> tuple[Any, Any]:
         for name in set(extra) - set(KNOWN):
             check_read(tx, name, grads, state, params, extra)
+        if set(extra) - {"value"}:
+            check_decided_alike(state)
         if not mean_axes and stands_side_by_side(state):
             extra = {**extra, "healthy": Healthy(axes, all_finite(grads))}
         with listen() as heard:
-            out = tx.update(grads, own_keys(state, axes), params, **extra)
+            out = tx.update(grads, own_keys(state, vote_axes), params, **extra)
         check_heard(heard, extra)
+        for name in set() if heard else set(extra) & set(VOTES_TAKE):
+            check_read(tx, name, grads, state, params, extra)
         return out
 
+    def update_with(value: Array, grads: Any, state: Any, params: Any, extra: Any) -> Any:
+        try:
+            return update(grads, state, params, {**extra, "value": value})
+        except TypeError as error:  # a transformation that takes less than it says
+            if "value" in extra or "unexpected keyword argument 'value'" not in str(error):
+                raise
+            return update(grads, state, params, extra)
+
     def step(
-        params: Any, model_state: Any, state: Any, batch: Any, rng: Any, extra: dict[str, Any]
-    ) -> tuple[Any, ...]:
+        params: Any, model_state: Any, state: Any, batch: Any, rng: Any, extra: dict[str, Any],
+        *, compare: bool = False,
+    ) -> tuple[Any, ...]:  # fmt: skip
         check_unconditional(state)
         if sends_too_often(state):
             warnings.warn(
@@ -80,14 +102,22 @@ def worker_step(
         if mean_axes:
             grads, own = finite_mean(grads, mean_axes)
             entered = own.counted
-        updates, new_state = update(grads, state, params, {**extra, "value": value})
+        updates, new_state = update_with(value, grads, state, params, extra)
         new_params = optax.apply_updates(params, updates)
         check_shapes("params", params, new_params)
         check_shapes("state", state, new_state)
         entered &= took_part(state, new_state)
         figures = average(loss, aux, new_state, own, entered, axes, vote_axes)
         figures = figures._replace(unmoved=unmoved(params, updates, new_params))
-        return new_params, _model_state.agree(seen, model_state, entered, axes), new_state, figures
+        if compare:  # nobody else can: a loss that is NaN is seen
+            same = all_same(new_params, axes)
+            figures = figures._replace(loss=jnp.where(same, figures.loss, jnp.nan))
+        return (
+            new_params,
+            _model_state.agree(seen, model_state, entered & (told > 0), axes),
+            new_state,
+            figures,
+        )
 
     return step
 
