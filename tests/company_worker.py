@@ -113,6 +113,14 @@ def differs():
     out["own rate, pmap"] = said(lambda: trained("pmap", dl.distributed_lion(0.1 * (1 + me)), 1))
     params, step = dl.replicate(PARAMS, mesh), dl.make_train_step(loss, tx, mesh)
     out["own rows"] = said(lambda: step(params, state, my_rows(0)))
+    same = jax.make_array_from_process_local_data(everywhere, my_rows(0))
+    out["replicated rows"] = said(lambda: step(params, state, same))
+    grid = jax.make_mesh((jax.process_count(), jax.local_device_count()), ("chip", "data"))
+    out["left out axis"] = said(lambda: dl.make_global_batch(my_rows(0), grid))
+    others = [d for d in jax.devices() if d.process_index != me]
+    out["no device"] = said(lambda: dl.make_train_step(loss, tx, dl.worker_mesh(devices=others)))
+    uneven = jax.devices()[:-1]
+    out["uneven pmap"] = said(lambda: dl.make_pmap_train_step(loss, tx, devices=uneven))
     out["odd rows"] = said(lambda: dl.make_global_batch(my_rows(0)[:7], mesh))
     return {k: np.asarray(v) for k, v in out.items()}
 

@@ -52,7 +52,7 @@ def run(folder, situation, processes, devices):
 def test_who_waits_for_long_says_for_whom():
     """Once; and it hears that the other is alive, and in an earlier call."""
     beats = iter(range(100))
-    watch = Watch(3, 7, lambda: [Word("alive", 1, 2, str(next(beats)))], 0.0)
+    watch = Watch(3, False, lambda: [Word("alive", 1, 2, str(next(beats)))], 0.0)
     for now in range(5, 60, 5):
         watch.look(float(now))
     with pytest.warns(UserWarning, match=r"for 60 s in call 3 of the step for processes \[1\]"):
@@ -61,8 +61,9 @@ def test_who_waits_for_long_says_for_whom():
 
 
 def test_what_others_said_of_earlier_calls_is_no_reason():
-    words = [Word("shapes2", 1, 2, "8"), Word("ended", 2, 3, ""), Word("raised", 3, 4, "x")]
-    watch = Watch(3, 7, lambda: words, 0.0)
+    words = [Word("new2", 1, 2, "{}"), Word("ended", 2, 3, ""), Word("raised", 3, 4, "x")]
+    words += [Word("raised", 4, 3, "")]  # one that raised, and went on
+    watch = Watch(3, False, lambda: words, 0.0)
     watch.look(5.0)
     watch.look(55.0)
 
@@ -100,6 +101,10 @@ def test_what_differs_by_process_is_made_one_or_named(shape, tmp_path):
         assert "`batch` is an array of this process alone" in said["own rows"]
         assert "make_global_batch(rows, mesh)" in said["own rows"]
         assert "`rows` has 7 rows" in said["odd rows"]
+        assert "`batch` claims to be the same on several processes" in said["replicated rows"]
+        assert "`axis_name` 'data' leaves out axes of the mesh" in said["left out axis"]
+        assert "holds no device of this process" in said["no device"]
+        assert "pmap takes as many of each process" in said["uneven pmap"]
 
 
 def test_states_are_resized_in_several_processes(shape, tmp_path):

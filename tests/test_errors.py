@@ -169,11 +169,27 @@ def waiting(word, seconds):
     """A process waits in call 3; this is all that it hears, at once and so much later."""
 
     def call():
-        watch = Watch(3, 7, lambda: [word], 0.0)
+        watch = Watch(3, False, lambda: [word], 0.0)
         watch.look(5.0)
         watch.look(5.0 + seconds)
 
     return call
+
+
+def marked(n, indices, workers):
+    """A state of n rows, as those workers of so many left it."""
+    tx = dl.scale_by_distributed_lion()
+    state = jax.tree.map(lambda x: np.stack([x] * n), tx.init(PARAMS))
+    return state._replace(stamp=np.array([[i, workers] for i in indices], np.int32))
+
+
+def as_bfloat16(state):
+    mu = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state[0].mu)
+    return (state[0]._replace(mu=mu), *state[1:])
+
+
+def mean_of_all(updates, params):
+    return jax.lax.pmean(updates, "data")
 
 
 def relabelled():
@@ -647,6 +663,30 @@ CASES = {
             optax.inject_hyperparams(dl.distributed_lion)(0.1).init(PARAMS), lerning_rate=1.0
         )
     ),
+    "`learning_rate` follows a schedule, which sets it anew": lambda: dl.set_hyperparams(
+        optax.inject_hyperparams(dl.distributed_lion)(optax.constant_schedule(0.1)).init(PARAMS),
+        learning_rate=1.0,
+    ),
+    "`state` holds 4 rows of a state that 8 workers made ... process_allgather": lambda: (
+        dl.resize_state(marked(4, range(4), 8), dl.worker_mesh(2))
+    ),
+    "`state` was torn: some of its 4 rows are there twice": lambda: dl.to_lion_state(
+        (marked(4, [0, 1, 1, 3], 4),)
+    ),
+    "the state's `mu['b']` is bfloat16, and `tx` makes float32: mu_dtype": edge(
+        change=lambda p, s: (p, as_bfloat16(s)), calls=2
+    ),
+    "`model_state` would change shape in the step, from (3,) to (). Return statistics": edge(
+        loss=lambda p, s, x: (loss(p, x), x.mean()), model_state=jnp.zeros(3)
+    ),
+    "inside optax.conditionally_transform (or _mask), and the step was given": edge(
+        optax.conditionally_transform(dl.distributed_lion(0.1), lambda step: step >= 0),
+        extra={"participating": np.ones(8, bool)},
+    ),
+    "`participating` is an argument that nothing in `tx` reads": edge(
+        optax.chain(dl.exchange(optax.stateless(mean_of_all)), optax.scale(-0.1)),
+        extra={"participating": np.ones(8, bool)},
+    ),
     "`rows['x']` has 7 rows, which the 8 devices of this process": lambda: dl.make_global_batch(
         {"x": np.ones((7, 3))}, dl.worker_mesh(8)
     ),
@@ -657,8 +697,8 @@ CASES = {
     "process 1 ended after 2 calls of the step, and this process waits in call 3. Give all": (
         waiting(Word("ended", 1, 2, ""), 5.0)
     ),
-    "process 1 was given arguments of other shapes or dtypes in call 3": waiting(
-        Word("shapes3", 1, 3, "8"), 5.0
+    "process 1 was given other shapes, or a state (or parameters) ... in call 3; this": waiting(
+        Word("new3", 1, 3, "{}"), 5.0
     ),
     "process 1 has given no sign of life for 30 s ... in call 3 of the step": waiting(
         Word("alive", 1, 2, "17"), 30.0
@@ -697,7 +737,16 @@ RAISES = [
 
 
 # Raised only in several processes: tests/test_company.py matches their texts.
-IN_COMPANY = ("is an array of this process alone", "differs by process before", "failed[0]")
+IN_COMPANY = (
+    "is an array of this process alone",
+    "claims to be the same on several",
+    "differs by process before",
+    "differs between process",
+    "leaves out axes of the mesh",
+    "pmap takes as many",
+    "holds no device of this process",
+    "failed[0]",
+)
 
 
 @pytest.mark.parametrize(("path", "node"), RAISES)

@@ -232,6 +232,19 @@ class Driver:
             self._remember((params, model_state, state))
             return out
 
+    def check(self, args: tuple[Any, ...], rng: Any, extra: dict[str, Any]) -> None:
+        """What a call checks beforehand, for arrays; shapes alone are taken as they are."""
+        leaves = jax.tree.leaves(args)
+        if checks.is_traced(leaves) or not all(
+            isinstance(x, np.ndarray | jax.Array) for x in leaves
+        ):
+            return
+        with self.company.call():
+            params, model_state, state, batch, rng, extra = self.prepare(args, rng, extra)
+            if self.company.several:
+                whole = self.join((params, model_state, state, batch))
+                self._meet(params, model_state, state, (whole, rng, extra))
+
     def _wait(self, metrics: Metrics) -> None:
         """Waits for this call, or for the one before it; in company, with an ear for the others."""
         if not self._at_once:

@@ -172,6 +172,7 @@ def make_train_step(
         if driver.place.watched and stacked:
             check_declared(state)
         with leading_on():
+            driver.check(args, rng, extra)
             return jitted.lower(True, *args, **given(rng, extra))
 
     step.lower = lower  # type: ignore[attr-defined]
