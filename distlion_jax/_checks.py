@@ -125,8 +125,8 @@ def check_local(updates: Any, axis_name: AxisName) -> None:
             f"{len(named)} leaves are): it has been summed over them already. Under jax.shard_map "
             "autodiff does so for replicated parameters. Full-precision gradients then cross the "
             "network, and a vote on them saves nothing. Differentiate with "
-            "distlion_jax.local_value_and_grad, or with respect to jax.lax.pcast(params, "
-            f"{axis_name!r}, to='varying')."
+            "distlion_jax.local_value_and_grad, or with respect to what distlion_jax.local(params, "
+            f"{axis_name!r}) returns."
         )
 
 

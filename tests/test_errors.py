@@ -506,7 +506,7 @@ CASES = {
     ),
     # Gradients, states and batches
     "`updates['b']` is the same on all workers of axis 'data' (2 of 2 leaves are) ... "
-    "distlion_jax.local_value_and_grad ... jax.lax.pcast(params, 'data'": summed_gradients,
+    "distlion_jax.local_value_and_grad ... distlion_jax.local(params, 'data')": summed_gradients,
     "`updates` (gradients) and the state's momentum differ in structure": vote(state_of=[floats]),
     "`updates['w']` has shape (2, 3), its momentum (3, 2). ... the leading worker axis": vote(
         state_of=dict(PARAMS, w=jnp.zeros((3, 2)))

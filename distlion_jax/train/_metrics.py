@@ -26,7 +26,8 @@ class Metrics(NamedTuple):
     # that holds no round (an accumulating optax.MultiSteps), and with health="off"
     loss: Array
     aux: Any  # tree of float32: the loss function's auxiliary output, averaged likewise
-    health: tuple[VoteHealth, ...]  # of every vote in the transformation; `voted` is bool[n]
+    # Of every vote in the transformation. `voted` is bool[n], which every process can read.
+    health: tuple[VoteHealth, ...]
     # Of every average, and the step's own; `counted` is bool[n]. Of an average over an inner axis
     # in `tx`, `workers` is the first node's.
     means: tuple[MeanHealth, ...] = ()
