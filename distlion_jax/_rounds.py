@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 from distlion_jax import _checks as checks
 from distlion_jax._promotion import default_promotion
 from distlion_jax._rules import AxisName, Rules
-from distlion_jax._vote import turnout, wire
+from distlion_jax._vote import stamp, turnout, wire
 from distlion_jax._vote.turnout import Round
 
 
@@ -64,8 +64,9 @@ def in_rounds(
     """A transformation of the worker's own gradients, a round an ``update``.
 
     Args:
-      init: the initial state; it has a field ``count``, the rounds so far.
-      update: ``(context, updates, state, params)`` to the new updates and state.
+      init: the initial state. It has a field ``count``, the rounds so far; and ``stamp``, if some
+        of it is each worker's own.
+      update: ``(context, updates, state, params)`` to the new updates and state, but for those two.
       axis_name: mapped axis, or axes.
       rules: what the workers follow; None where all weigh alike.
     """
@@ -100,6 +101,10 @@ def in_rounds(
             )
         leaves = jax.tree.leaves(updates)
         context = turnout.begin(state.count, leaves, axis_name, rules, participating, weight)
-        return update(context, updates, state, params)
+        updates, new = update(context, updates, state, params)
+        counted = {"count": jnp.asarray(optax.safe_increment(state.count))}
+        if hasattr(state, "stamp"):
+            counted["stamp"] = stamp.mark(state.stamp, context)
+        return updates, new._replace(**counted)
 
     return optax.GradientTransformationExtraArgs(init, update_fn)

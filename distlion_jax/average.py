@@ -17,7 +17,7 @@ from distlion_jax import _checks as checks
 from distlion_jax._rounds import in_rounds
 from distlion_jax._rules import AxisName, Rules, check_fraction
 from distlion_jax._vote import wire
-from distlion_jax._vote.stamp import blank, mark
+from distlion_jax._vote.stamp import blank
 from distlion_jax._vote.turnout import (
     MeanHealth,
     Round,
@@ -107,23 +107,20 @@ def average_gradients(
             mean, health = finite_mean(g, axis_name, context.weight, wire_dtype)
             return mean, as_held(health, state.health, axis_name)
 
-        def own(g: Any) -> Any:
-            return jax.tree.map(lambda x: wire.vary(x, axis_name), g)
-
         def warm_up(g: Any) -> Any:
             (means, health), healthy = mean(g), all_finite(g)
-            return own(jax.tree.map(lambda x, y: jnp.where(healthy, x, y), means, g)), health
+            out = jax.tree.map(lambda x, y: jnp.where(healthy, x, y), means, g)
+            return wire.vary_tree(out, axis_name), health
 
         def voting(g: Any) -> Any:
-            return own(g), no_mean(state.health)
+            return wire.vary_tree(g, axis_name), no_mean(state.health)
 
         if steps is None:
             out, health = mean(updates)
         else:  # the same branch on every worker: the count is the same
             now = wire.from_first(state.count, axis_name)
             out, health = jax.lax.cond(now < steps, warm_up, voting, updates)
-        count = jnp.asarray(optax.safe_increment(state.count))
-        return out, AverageGradientsState(count, health)
+        return out, state._replace(health=health)
 
     return in_rounds(init, update, axis_name, Rules(max_weight=max_weight))
 
@@ -192,11 +189,9 @@ def scale_by_averaged_lion(
         def keep(g: Array, m: Array) -> Array:
             return jnp.where(context.takes_part, remember(g, m, b2), m)
 
-        return direction, ScaleByAveragedLionState(
-            jnp.asarray(optax.safe_increment(state.count)),
-            jax.tree.map(keep, updates, state.mu),
-            as_held(health, state.health, axis_name),
-            mark(state.stamp, context),
+        return direction, state._replace(
+            mu=jax.tree.map(keep, updates, state.mu),
+            health=as_held(health, state.health, axis_name),
         )
 
     return in_rounds(init, update, axis_name, Rules(max_weight=max_weight))

@@ -125,6 +125,11 @@ def roles_of(node: Any) -> Roles | None:
     return _roles_in_optax().get(type(node))
 
 
+def declares(node: Any) -> bool:
+    """Whether the class of a node of a state declares anything."""
+    return roles_of(node) is not None
+
+
 def is_exchange(node: Any) -> bool:
     """Whether a node of a state is that of an exchange."""
     roles = roles_of(node)

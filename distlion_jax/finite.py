@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from distlion_jax.exchanges import map_fields, roles_of, with_extra_args
+from distlion_jax.exchanges import declares, map_fields, roles_of, with_extra_args
 
 __all__ = ["keep_finite"]
 
@@ -49,10 +49,6 @@ def keep_finite(tx: optax.GradientTransformation) -> optax.GradientTransformatio
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def _declares(node: Any) -> bool:
-    return roles_of(node) is not None
-
-
 def _kept(old: Any, new: Any) -> Any:
     """The new state, with the old one's numbers where they were finite and are not any more."""
 
@@ -82,4 +78,4 @@ def _kept(old: Any, new: Any) -> Any:
 
     if jax.tree.structure(old) != jax.tree.structure(new):
         return new  # as where a transformation changes its state's form; JAX has the say
-    return jax.tree.map(node, old, new, is_leaf=_declares)
+    return jax.tree.map(node, old, new, is_leaf=declares)

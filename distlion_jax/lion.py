@@ -141,23 +141,15 @@ def scale_by_distributed_lion(
         del params
         checks.check_workers(context.workers, axis_name, rules)
         checks.check_momentum(updates, state.mu)
-        count, marked = (
-            jnp.asarray(optax.safe_increment(state.count)),
-            stamp.mark(state.stamp, context),
-        )
         if not context.layout.size:  # nothing to vote on, as for a label that no leaf has
-            return turnout.nothing(updates), state._replace(count=count, stamp=marked)
+            return turnout.nothing(updates), state
         noise = 0.0 if rules.noise is None else rules.noise
         context = context.only_if(turnout.sane(b1, b2, state.mu, rules.dead_zone, noise))
         mine, mu = cast(context, updates, state.mu, b1, b2)
         decided = transports.run_round(mine, context)
         health = verdict.health_of(decided, context, mine.weight > 0)
-        return apply(context, decided, updates), ScaleByDistributedLionState(
-            count,
-            mu,
-            jax.tree.map(lambda x: wire.vary(x, axis_name), health),  # as the state is stacked
-            marked,
-        )
+        health = wire.vary_tree(health, axis_name)  # as the state is stacked
+        return apply(context, decided, updates), state._replace(mu=mu, health=health)
 
     return in_rounds(init, update, axis_name, rules)
 

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from distlion_jax._rules import AxisName, check_choice
 from distlion_jax._vote.stamp import marks
 from distlion_jax._vote.wire import is_key
-from distlion_jax.exchanges import exchanges, is_once, map_fields, roles_of
+from distlion_jax.exchanges import declares, exchanges, is_once, map_fields, roles_of
 from distlion_jax.lion import ScaleByDistributedLionState
 from distlion_jax.train._placement import Placement
 from distlion_jax.train._whole import CURE, is_injected, stamps_of
@@ -74,9 +74,7 @@ def resize_state(state: Any, mesh: Mesh, axis_name: AxisName = "data", *, how: H
             )
         if how == "rows" or not jnp.issubdtype(x.dtype, jnp.inexact):
             return x[np.arange(new) % old]
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        mean = np.mean(x.astype(wide), axis=0).astype(x.dtype)
-        return np.broadcast_to(mean, (new, *mean.shape))
+        return np.broadcast_to(_mean(x), (new, *x.shape[1:]))
 
     def shared(x: Any) -> Any:
         x = _on_host(x)
@@ -126,6 +124,12 @@ def _on_host(x: Any) -> np.ndarray:
     return np.asarray(x)
 
 
+def _mean(x: np.ndarray) -> np.ndarray:
+    """Over the workers, in float32 at least."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return np.mean(x.astype(wide), axis=0).astype(x.dtype)
+
+
 def _one_copy(node: Any, old: int) -> Any:
     """What is stored once: as it is, or the first of the equal copies that pmap stacks."""
     leaves = [_on_host(x) for x in jax.tree.leaves(node)]
@@ -135,10 +139,6 @@ def _one_copy(node: Any, old: int) -> Any:
     if stacked:
         leaves = [x[0] for x in leaves]
     return jax.tree.unflatten(jax.tree.structure(node), leaves)
-
-
-def _declares(node: Any) -> bool:
-    return roles_of(node) is not None
 
 
 def _map(
@@ -160,7 +160,7 @@ def _map(
 
         return map_fields(field, node, roles)
 
-    return jax.tree.map(one, state, is_leaf=_declares)
+    return jax.tree.map(one, state, is_leaf=declares)
 
 
 def _stamped(state: Any, n: int) -> Any:
@@ -175,7 +175,7 @@ def _stamped(state: Any, n: int) -> Any:
         used = np.asarray(node.stamp)[:, 1].any()
         return node._replace(stamp=marks(n) if used else np.zeros_like(marks(n)))
 
-    return jax.tree.map(one, state, is_leaf=_declares)
+    return jax.tree.map(one, state, is_leaf=declares)
 
 
 def _placed(state: Any, specs: Any, mesh: Mesh) -> Any:
@@ -265,10 +265,7 @@ def to_lion_state(state: Any) -> Any:
 
     def mean(x: Any) -> Any:
         x = _on_host(x)
-        if not jnp.issubdtype(x.dtype, jnp.inexact):
-            return jnp.asarray(x[0])
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        return jnp.asarray(np.mean(x.astype(wide), axis=0).astype(x.dtype))
+        return jnp.asarray(_mean(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x[0])
 
     first = lambda x: jnp.asarray(_on_host(x)[0])  # noqa: E731
     one = _map(mean, first, lambda x: jax.tree.map(jnp.asarray, _one_copy(x, old)), state)

@@ -79,11 +79,9 @@ def test_optax_maps_the_parameters_in_every_state(kind):
     assert len(jax.tree.leaves(got)) >= len(like_params)
 
 
-@pytest.mark.parametrize("kind", EVERYTHING)
+@pytest.mark.parametrize("kind", [kind for kind in EVERYTHING if kind not in ("a mask", "labels")])
 @pytest.mark.parametrize("empty", [{}, {"none": np.zeros((0, 3), np.float32)}])
 def test_trees_with_nothing_in_them(kind, empty):
-    if kind in ("a mask", "labels"):
-        pytest.skip("their trees name leaves")
     tx = EVERYTHING[kind]()
     state = jax.tree.map(lambda x: jnp.stack([x] * 2), tx.init(empty))
     update = jax.vmap(lambda s: tx.update(empty, s, empty), axis_name="data", axis_size=2)
@@ -324,10 +322,8 @@ def test_one_array_under_two_names(how):
     assert np.isfinite(metrics.loss)
 
 
-@pytest.mark.parametrize("how", MAPS)
+@pytest.mark.parametrize("how", ["shard_map", "unchecked"])
 def test_what_is_lowered_is_called_like_the_step(how):
-    if how == "pmap":
-        pytest.skip("pmap's step is not lowered")
     step, params, state = start(loss, dl.distributed_lion(0.1), PARAMS, how)
     compiled = step.lower(params, state, X).compile()
     *_, metrics = compiled(params, state, X)

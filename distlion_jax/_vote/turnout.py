@@ -127,7 +127,7 @@ def sane(b1: ArrayLike, b2: ArrayLike, mu: Any, *from_zero: ArrayLike) -> Array:
     """
     b1, b2 = jnp.asarray(b1), jnp.asarray(b2)
     inside = (b1 >= 0) & (b1 < 1) & (b2 >= 0) & (b2 < 1)
-    for dtype in {jnp.dtype(m.dtype) for m in jax.tree.leaves(mu)}:
+    for dtype in dict.fromkeys(m.dtype for m in jax.tree.leaves(mu)):  # as all processes order it
         inside &= b2.astype(dtype) < 1
     for x in map(jnp.asarray, from_zero):
         inside &= (x >= 0) & (x < jnp.inf)

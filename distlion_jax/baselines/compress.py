@@ -24,7 +24,7 @@ from distlion_jax import _checks as checks
 from distlion_jax._rounds import in_rounds
 from distlion_jax._rules import AxisName
 from distlion_jax._vote import frames, wire
-from distlion_jax._vote.stamp import blank, mark
+from distlion_jax._vote.stamp import blank
 from distlion_jax._vote.turnout import (
     MeanHealth,
     Round,
@@ -221,9 +221,8 @@ def compressed_average(
         if compressor.feedback:
             checks.check_momentum(updates, state.error)
             wanted = jax.tree.map(jnp.add, wanted, state.error)
-        count, marked = jnp.asarray(optax.safe_increment(state.count)), mark(state.stamp, context)
         if not context.layout.size:  # nothing to send, as for a label that no leaf has
-            return nothing(updates), state._replace(count=count, stamp=marked)
+            return nothing(updates), state
         context = context.only_if(finite_norm(wanted))
         leaves, treedef = jax.tree.flatten(wanted)
         out = compressor.mean(leaves, state.memory, context)
@@ -231,12 +230,11 @@ def compressed_average(
         if compressor.feedback:
             rest = jax.tree.map(jnp.subtract, wanted, treedef.unflatten(out.sent))
             error = keep_unless_absent(context, rest, error)
-        return as_updates(out.mean, updates), CompressedAverageState(
-            count,
-            error,
-            jax.tree.map(lambda x: wire.vary(x, axis_name), out.memory),  # as the state is stacked
-            as_held(MeanHealth(context.takes_part, out.workers), state.health, axis_name),
-            marked,
+        health = MeanHealth(context.takes_part, out.workers)
+        return as_updates(out.mean, updates), state._replace(
+            error=error,
+            memory=wire.vary_tree(out.memory, axis_name),  # as the state is stacked
+            health=as_held(health, state.health, axis_name),
         )
 
     return in_rounds(init, update, axis_name, None)

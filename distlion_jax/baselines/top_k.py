@@ -16,7 +16,7 @@ from distlion_jax._rounds import in_rounds
 from distlion_jax._rules import AxisName, check_fraction, concrete_value
 from distlion_jax._vote import wire
 from distlion_jax._vote.frames import to_floats, to_words
-from distlion_jax._vote.stamp import blank, mark
+from distlion_jax._vote.stamp import blank
 from distlion_jax._vote.turnout import MeanHealth, Round, as_held, finite_norm, no_mean, nothing
 from distlion_jax._vote.words import Layout
 from distlion_jax.baselines.compress import (
@@ -189,9 +189,8 @@ def deep_gradient_compression(
     ) -> tuple[optax.Updates, Any]:
         del params
         checks.check_momentum(updates, state.momentum)
-        count, marked = jnp.asarray(optax.safe_increment(state.count)), mark(state.stamp, context)
         if not context.layout.size:  # nothing to send, as for a label that no leaf has
-            return nothing(updates), state._replace(count=count, stamp=marked)
+            return nothing(updates), state
         g = clipped(jax.tree.map(lambda g: g.astype(jnp.float32), updates))
         u = jax.tree.map(lambda u, g: momentum * u + g, state.momentum, g)
         v = jax.tree.map(jnp.add, state.accumulated, u)
@@ -206,12 +205,11 @@ def deep_gradient_compression(
         out: Averaged = jax.lax.switch(stage, branches, leaves)
         sent = treedef.unflatten(out.sent)
         rest = lambda tree: jax.tree.map(lambda x, s: jnp.where(s == 0, x, 0), tree, sent)  # noqa: E731
-        return as_updates(out.mean, updates), DeepGradientCompressionState(
-            count,
-            keep_unless_absent(context, rest(u), state.momentum),
-            keep_unless_absent(context, rest(v), state.accumulated),
-            as_held(MeanHealth(context.takes_part, out.workers), state.health, axis_name),
-            marked,
+        health = MeanHealth(context.takes_part, out.workers)
+        return as_updates(out.mean, updates), state._replace(
+            momentum=keep_unless_absent(context, rest(u), state.momentum),
+            accumulated=keep_unless_absent(context, rest(v), state.accumulated),
+            health=as_held(health, state.health, axis_name),
         )
 
     return in_rounds(init, update, axis_name, None)

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.core import Tracer
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -117,44 +116,33 @@ def is_scheduled(call: int) -> bool:
     return call & (call - 1) == 0 or call % 256 == 0  # a power of two has one bit
 
 
-def check_on_schedule(agree: Callable[[Any], bool]) -> Callable[[Any, bool], None]:
-    """Looks, as scheduled, whether all workers hold the same parameters, and the like.
+def differing(agree: Callable[[Any], bool], same: dict[str, Any]) -> str:
+    """The path of the first leaf on which workers do not agree."""
+    return next(
+        name + jax.tree_util.keystr(path)
+        for name, tree in same.items()
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        if not agree(x)
+    )
 
-    For steps in which JAX does not check it. It costs a small program to compile, and a wait for
-    the parameters in the calls in which it looks.
+
+def check_alike(agree: Callable[[Any], bool], same: dict[str, Any], call: int) -> None:
+    """Raises unless all workers hold the same bits after a call of a step.
+
+    For steps in which JAX does not check it. It costs a small program to compile, and a wait.
 
     Args:
       agree: whether all workers hold the same bits of a tree.
-
-    Returns:
-      A function to be given trees of what must be the same, by name, after each step, and whether
-      the transformation declares that it makes workers agree; otherwise it looks in every call. It
-      raises a ``ValueError`` where they differ. Inside another transformation (``jax.jit``,
-      ``jax.eval_shape``) it does nothing.
+      same: trees of what must be the same, by name.
+      call: the number of the call.
     """
-    calls = 0
-
-    def look(same: dict[str, Any], declared: bool = True) -> None:
-        nonlocal calls
-        if any(isinstance(x, Tracer) for x in jax.tree.leaves(same)):
-            return
-        calls += 1
-        if (declared and not is_scheduled(calls)) or agree(same):
-            return
-        differing = (
-            name + jax.tree_util.keystr(path)
-            for name, tree in same.items()
-            for path, x in jax.tree_util.tree_leaves_with_path(tree)
-            if not agree(x)
-        )
+    if not agree(same):
         raise ValueError(
-            f"`{next(differing)}` differs by worker after call {calls} of this step: it "
+            f"`{differing(agree, same)}` differs by worker after call {call} of this step: it "
             "differed from the start, or what `tx` does to it, or in some steps, is each worker's "
             "own (as an ordinary optimizer on local gradients, what optax.masked passes on, or a "
             "vote over some of the axes only), or processes run with options that differ, such as "
-            "the learning rate. Begin with one set for all, and let every leaf be "
-            "voted on, averaged or frozen: distributed_lion, distributed_lion_by_label, "
-            "average_gradients before another optimizer, or make_train_step with gradients='mean'."
+            "the learning rate. Begin with one set for all, and let every leaf be voted on, "
+            "averaged or frozen: distributed_lion, distributed_lion_by_label, average_gradients "
+            "before another optimizer, or make_train_step with gradients='mean'."
         )
-
-    return look

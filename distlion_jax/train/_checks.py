@@ -6,6 +6,7 @@ Out: nothing, or a ``ValueError``. What ``update`` is given is checked in ``dist
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -121,43 +122,53 @@ def check_alive(**trees: Any) -> None:
                 )
 
 
+CONDITIONAL = (
+    optax.ApplyIfFiniteState,
+    optax.ConditionallyMaskState,
+    optax.ConditionallyTransformState,
+    optax.MultiStepsState,
+)
+
+
+def _conditions(state: Any) -> Iterator[Any]:
+    """The states of all transformations that may skip an exchange inside them."""
+    for node in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, CONDITIONAL)):
+        if isinstance(node, CONDITIONAL):
+            multi = isinstance(node, optax.MultiStepsState)
+            inner = node.inner_opt_state if multi else node.inner_state
+            if exchanges(inner):
+                yield node
+                yield from _conditions(inner)
+
+
 def check_unconditional(state: Any) -> None:
     """Raises for an exchange that each worker would hold, or not, by its own numbers.
 
     Those who wait for one that does not come wait for ever.
     """
-    for node in jax.tree.leaves(state, is_leaf=_decides_alone):
-        if isinstance(node, optax.ApplyIfFiniteState) and exchanges(node.inner_state):
-            name, inner = "optax.apply_if_finite", node.inner_state
+    for node in _conditions(state):
+        if isinstance(node, optax.ApplyIfFiniteState):
+            name = "optax.apply_if_finite"
         elif isinstance(node, optax.MultiStepsState) and jax.tree.leaves(node.skip_state):
-            name, inner = "the should_skip_update_fn of optax.MultiSteps", node.inner_opt_state
+            name = "the should_skip_update_fn of optax.MultiSteps"
         else:
-            inner = node.inner_opt_state if isinstance(node, optax.MultiStepsState) else None
-            if inner is not None:
-                check_unconditional(inner)
             continue
-        if exchanges(inner):
-            raise ValueError(
-                f"`tx` holds a vote or an average inside {name}, which lets each worker decide by "
-                "its own numbers whether to hold it: the others would wait for ever. Leave it out: "
-                "a worker with numbers that are not finite sits the round out by itself."
-            )
+        raise ValueError(
+            f"`tx` holds a vote or an average inside {name}, which lets each worker decide by its "
+            "own numbers whether to hold it: the others would wait for ever. Leave it out: a "
+            "worker with numbers that are not finite sits the round out by itself."
+        )
 
 
 def check_decided_alike(state: Any) -> None:
     """Raises for an exchange in a branch that arguments of a worker's own could decide."""
-    kinds = (optax.ConditionallyTransformState, optax.ConditionallyMaskState)
-    for node in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kinds)):
-        if isinstance(node, kinds) and exchanges(node.inner_state):
-            raise ValueError(
-                "`tx` holds a vote or an average inside optax.conditionally_transform (or _mask), "
-                "and the step was given arguments of each worker's own: those that skip it would "
-                "leave the others waiting for ever. Decide by the step's number alone."
-            )
-
-
-def _decides_alone(node: Any) -> bool:
-    return isinstance(node, optax.ApplyIfFiniteState | optax.MultiStepsState)
+    kinds = (optax.ConditionallyMaskState, optax.ConditionallyTransformState)
+    if any(isinstance(node, kinds) for node in _conditions(state)):
+        raise ValueError(
+            "`tx` holds a vote or an average inside optax.conditionally_transform (or _mask), and "
+            "the step was given arguments of each worker's own: those that skip it would leave the "
+            "others waiting for ever. Decide by the step's number alone."
+        )
 
 
 def stands_side_by_side(state: Any) -> bool:
@@ -237,7 +248,14 @@ def check_declared(state: Any) -> None:
         )
 
 
-def check_shapes(name: str, old: Any, new: Any, cure: str = "") -> None:
+UNFIT = (
+    ": the state does not fit the parameters. It is init_state(tx, params, mesh, axis_name) for "
+    "local gradients, tx.init(params), replicated, for gradients='mean', and "
+    "pmap_replicate(tx.init(params)) for pmap."
+)
+
+
+def check_shapes(name: str, old: Any, new: Any, cure: str = UNFIT) -> None:
     """Raises where a step changed the structure, or shapes: what does not fit was broadcast."""
     if jax.tree.structure(old) != jax.tree.structure(new):
         before, after = (
@@ -255,11 +273,5 @@ def check_shapes(name: str, old: Any, new: Any, cure: str = "") -> None:
         if np.shape(before) != np.shape(after):
             raise ValueError(
                 f"`{name}{jax.tree_util.keystr(path)}` would change shape in the step, from "
-                f"{np.shape(before)} to {np.shape(after)}. {cure}"
-                if cure
-                else f"`{name}{jax.tree_util.keystr(path)}` would change shape in the step, from "
-                f"{np.shape(before)} to {np.shape(after)}: the state does not fit the parameters. "
-                "It is init_state(tx, params, mesh, axis_name) for local gradients, "
-                "tx.init(params), replicated, for gradients='mean', and "
-                "pmap_replicate(tx.init(params)) for pmap."
+                f"{np.shape(before)} to {np.shape(after)}{cure}"
             )

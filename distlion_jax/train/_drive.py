@@ -16,15 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distlion_jax._vote.wire import is_key
 from distlion_jax.accumulate import adopt
-from distlion_jax.exchanges import exchanges, is_once, roles_of
+from distlion_jax.exchanges import exchanges, is_once
 from distlion_jax.train import _audit as audit
 from distlion_jax.train import _checks as checks
 from distlion_jax.train import _extra, _whole
 from distlion_jax.train._metrics import Metrics
 from distlion_jax.train._notes import leading_on
 from distlion_jax.train._processes import Company
+from distlion_jax.train._state import per_worker
 
 MOST_PARTS = 2**16  # micro-batches
 
@@ -47,12 +47,16 @@ class Place:
 
     devices: tuple[Any, ...]
     workers: int  # of all processes
-    entries: int  # of them, that this process passes in `participating`, `weight` and states
     shards: int  # that share the rows which this process passes
     vote_sizes: tuple[int, ...]  # of the axes that vote
     stacked: bool  # whether the state has a leading worker axis
     watched: bool  # whether JAX does not check that replicas stay alike
-    rows: tuple[int, ...] | None = None  # the workers whose rows this process passes; None: all
+    mine: tuple[int, ...] | None = None  # the workers whose entries and rows this process passes
+
+    @property
+    def entries(self) -> int:
+        """How many workers' entries this process passes: of ``participating``, of states."""
+        return self.workers if self.mine is None else len(self.mine)
 
 
 def once_parts(state: Any) -> list[Any]:
@@ -90,7 +94,6 @@ class Driver:
         self.has_model_state, self.microbatches, self.donate = has_model_state, microbatches, donate
         self.company = Company(place.devices)
         self._agree, self._lower, self._one = agree, lower, one
-        self._look = audit.check_on_schedule(agree)
         self._last: list[Any] = []  # weak references to the arrays that it returned last
         self._form: Any = None  # their structure
         self._shapes_met: Any = None  # of the arguments, when the processes last compared programs
@@ -119,27 +122,32 @@ class Driver:
         params, model_state, *rest = four
         return (params, model_state, *rest) if self.has_model_state else (params, *rest)
 
-    def prepare(self, args: tuple[Any, ...], rng: Any, extra: dict[str, Any]) -> tuple[Any, ...]:
-        """The arguments, checked, with the state in the transformation's form."""
+    def _begin(
+        self, args: tuple[Any, ...], rng: Any, extra: dict[str, Any]
+    ) -> tuple[bool, tuple[Any, ...], Any, dict[str, Any]]:
+        """The arguments of a call, checked; before them, whether they are traced."""
         params, model_state, state, batch = self.split(args)
         place, new = self.place, self._are_new((params, model_state, state))
         if new:
             checks.check_places(params, state, batch)
         checks.check_alive(params=params, model_state=model_state, state=state, batch=batch)
         checks.check_batch(batch, place.shards, self.microbatches)
-        checks.check_global(batch, self.company.several and place.entries == place.workers)
+        checks.check_global(batch, self.company.several and place.mine is None)
         extra = _extra.by_worker(extra, place.workers, place.entries, votes=place.stacked)
         if new:
             state = self._of_tx(params, state)
             self._declared = not place.stacked or bool(exchanges(state))
-        if checks.is_traced((batch, rng, extra, (params, state) if new else ())):
+        kept = params, model_state, state
+        traced = checks.is_traced((batch, rng, extra, kept if new else ()))
+        if traced:
             if place.watched and place.stacked and place.workers > 1:
                 checks.check_declared(state)
-        elif self.donate:
-            kept = _apart((params, model_state, state)) if new else (params, model_state, state)
-            params, model_state, state = kept
-            batch, rng, extra = _apart_from(kept, (batch, rng, extra))
-        return params, model_state, state, batch, rng, extra
+            return True, self.join((*kept, batch)), rng, extra
+        if self.donate:
+            kept, (batch, rng, extra) = _apart(kept, (batch, rng, extra))
+        if self.company.several:
+            self._meet(new, kept, batch, rng, extra)
+        return False, self.join((*kept, batch)), rng, extra
 
     def _are_new(self, kept: Any) -> bool:
         """Whether these are not what the step returned last, which need no second look."""
@@ -162,13 +170,13 @@ class Driver:
         if self.place.stacked:
             checks.check_by_worker(
                 "state",
-                jax.tree.map(lambda x: () if is_once(x) else x, state, is_leaf=is_once),
+                per_worker(state),
                 n,
                 "Make states with init_state (or pmap_replicate, under pmap) for these workers; "
                 "resize_state makes one for another number of them.",
             )
             if not checks.is_traced(state):
-                _whole.check_whole(state, self.place.vote_sizes, self.place.rows)
+                _whole.check_whole(state, self.place.vote_sizes, self.place.mine)
         return state
 
     def _shapes(self, params: Any, n: int) -> Any:
@@ -183,67 +191,71 @@ class Driver:
         spread = lambda x: x if is_once(x) else stacked(x)  # noqa: E731
         return jax.tree.map(spread, shapes, is_leaf=is_once)
 
-    def _meet(self, params: Any, model_state: Any, state: Any, given: Any) -> None:
+    def _meet(self, new: bool, kept: Any, batch: Any, rng: Any, extra: dict[str, Any]) -> None:
         """In several processes: raises where a call begins anew, and they differ in what with."""
-        leaves, form = jax.tree.flatten(given)
-        shapes = str([(np.shape(x), str(getattr(x, "dtype", ""))) for x in leaves]), str(form)
-        kept, known = (params, model_state, state), shapes == self._shapes_met
-        if known and not self._are_new(kept):
+        leaves, form = jax.tree.flatten((kept, batch, rng, extra))
+        shapes = form, [(np.shape(x), getattr(x, "dtype", None)) for x in leaves]
+        known = shapes == self._shapes_met
+        if known and not new:
             return
         self._shapes_met = shapes
-        card = {"shapes": _crc(*shapes), **shared_values(state, self.place.stacked)}
+        params, model_state, state = kept
+        # By their paths: the structure's own text may hold addresses, which differ by process.
+        paths = [
+            jax.tree_util.keystr(path)
+            for path, _ in jax.tree_util.tree_leaves_with_path((kept, batch, extra))
+        ]
+        card = {"shapes": _crc(*paths, str(shapes[1]))}
+        if self.place.stacked:
+            card |= _whole.shared_values(state)
         if not known:
-            card["the program"] = _program(self._lower(*given))
+            card["the program"] = _program(self._lower(self.join((*kept, batch)), rng, extra))
         self.company.agree(card)
+        self._compare(params, model_state, state)
+
+    def _compare(self, params: Any, model_state: Any, state: Any) -> None:
+        """Raises where what is the same on all workers has other bits on some."""
+        same = self._same(params, model_state, state)
+        if not self._agree(same):
+            raise ValueError(
+                f"`{audit.differing(self._agree, same)}` differs by process before call "
+                f"{self.company.calls} of this step: each process drew its own, or restored "
+                "another checkpoint. replicate(..., mesh), and pmap_replicate, make copies of "
+                "process 0's for all."
+            )
+
+    def _same(self, params: Any, model_state: Any, state: Any) -> dict[str, Any]:
+        """What must have the same bits on all workers, by name."""
         once = once_parts(state) if self.place.stacked else state
-        if self._agree((params, model_state, once)):
-            return
-        for name, tree in (("params", params), ("model_state", model_state), ("state", once)):
-            for path, x in jax.tree_util.tree_leaves_with_path(tree):
-                if not self._agree(x):
-                    raise ValueError(
-                        f"`{name}{jax.tree_util.keystr(path)}` differs by process before call "
-                        f"{self.company.calls} of this step: each process drew its own, or "
-                        "restored another checkpoint. replicate(..., mesh), and pmap_replicate, "
-                        "make copies of process 0's for all."
-                    )
+        return {"params": params, "model_state": model_state, "state": once}
 
     def run(
         self, program: Callable[..., tuple[Any, ...]], args: tuple[Any, ...], rng: Any, extra: Any
     ) -> tuple[Any, ...]:
         """One call: checks, the program, and a look at what it did."""
         with self.company.call(), leading_on():
-            params, model_state, state, batch, rng, extra = self.prepare(args, rng, extra)
-            if self.company.several and not checks.is_traced((params, batch)):
-                whole = self.join((params, model_state, state, batch))
-                self._meet(params, model_state, state, (whole, rng, extra))
-            unseen = checks.is_traced((params, state, batch, rng, extra))
-            out = program(unseen, self.join((params, model_state, state, batch)), rng, extra)
+            traced, args, rng, extra = self._begin(args, rng, extra)
+            out = program(traced, args, rng, extra)
             params, model_state, state, metrics = self.split(out)
-            if checks.is_traced(metrics):
+            if traced or checks.is_traced(metrics):  # or the call was staged out whole
                 return out
             self._wait(metrics)
             self._calls += 1
             if (self.place.watched or self.company.several) and self.place.workers > 1:
-                once = once_parts(state) if self.place.stacked else ()
-                same = {"params": params, "model_state": model_state, "state": once}
-                self._look(same, self._declared or not self.place.watched)
+                declared = self._declared or not self.place.watched
+                if audit.is_scheduled(self._calls) or not declared:
+                    same = self._same(params, model_state, state)
+                    audit.check_alike(self._agree, same, self._calls)
             self._warn(metrics)
             self._remember((params, model_state, state))
             return out
 
     def check(self, args: tuple[Any, ...], rng: Any, extra: dict[str, Any]) -> None:
         """What a call checks beforehand, for arrays; shapes alone are taken as they are."""
-        leaves = jax.tree.leaves(args)
-        if checks.is_traced(leaves) or not all(
-            isinstance(x, np.ndarray | jax.Array) for x in leaves
-        ):
-            return
-        with self.company.call():
-            params, model_state, state, batch, rng, extra = self.prepare(args, rng, extra)
-            if self.company.several:
-                whole = self.join((params, model_state, state, batch))
-                self._meet(params, model_state, state, (whole, rng, extra))
+        arrays = [isinstance(x, np.ndarray | jax.Array) for x in jax.tree.leaves(args)]
+        if all(arrays) and not checks.is_traced(args):
+            with self.company.call():
+                self._begin(args, rng, extra)
 
     def _wait(self, metrics: Metrics) -> None:
         """Waits for this call, or for the one before it; in company, with an ear for the others."""
@@ -280,64 +292,18 @@ def _program(lowered: Any) -> str:
     return "" if "callback" in text else _crc(text)
 
 
-def shared_values(state: Any, stacked: bool) -> dict[str, str]:
-    """Hashes of what must be the same on all workers, by its name; and whose rounds were held."""
-    if not stacked:
-        return {}
-    found: dict[str, str] = {}
-    for path, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=_declares):
-        roles = roles_of(node)
-        if roles is None or roles.once:
-            continue
-        for name in roles.shared:
-            for inner, x in jax.tree_util.tree_leaves_with_path(getattr(node, name)):
-                where = f"`state{jax.tree_util.keystr(path)}.{name}{jax.tree_util.keystr(inner)}`"
-                found[where] = _summary(_first_row(x))
-        for name in set(getattr(node, "_fields", ())) - {*roles.own, *roles.shared}:
-            nested = shared_values(getattr(node, name), stacked)
-            found |= {k.replace("`state", f"`state{jax.tree_util.keystr(path)}.{name}"): v
-                      for k, v in nested.items()}  # fmt: skip
-        if getattr(node, "stamp", None) is not None:
-            used = bool(_first_row(node.stamp)[1:].any())
-            found[f"`state{jax.tree_util.keystr(path)}.stamp`"] = "used" if used else "fresh"
-    return found
-
-
-def _declares(node: Any) -> bool:
-    return roles_of(node) is not None
-
-
-def _first_row(x: Any) -> np.ndarray:
-    """The first of the rows that this process holds."""
-    x = x.addressable_shards[0].data if hasattr(x, "addressable_shards") else x
-    return np.asarray(jax.random.key_data(x) if is_key(x) else x)[0]
-
-
-def _summary(x: np.ndarray) -> str:
-    return str(x.item()) if x.ndim == 0 else f"{zlib.crc32(x.tobytes()):08x}"
-
-
 def given(rng: Any, extra: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of a program: one that is lowered without a key is called without."""
     return extra if rng is None else {"rng": rng, **extra}
 
 
-def _apart(trees: Any) -> Any:
-    """The same arrays, with copies of those that occur twice: a buffer is given away once."""
-    seen: set[int] = set()
-
-    def one(x: Any) -> Any:
-        if not isinstance(x, jax.Array):
-            return x
-        if id(x) in seen:
-            return jnp.copy(x)
-        seen.add(id(x))
-        return x
-
-    return jax.tree.map(one, trees)
-
-
-def _apart_from(kept: Any, others: Any) -> Any:
-    """The others, with copies of those arrays that are given away with what is kept."""
-    given_away = set(map(id, jax.tree.leaves(kept)))
-    return jax.tree.map(lambda x: jnp.copy(x) if id(x) in given_away else x, others)
+def _apart(kept: Any, others: Any) -> tuple[Any, Any]:
+    """The same arrays, with copies where one that is kept occurs again: it is given away once."""
+    leaves, treedef = jax.tree.flatten(kept)
+    given_away: set[int] = set()
+    for i, x in enumerate(leaves):
+        if id(x) in given_away and isinstance(x, jax.Array):
+            leaves[i] = jnp.copy(x)
+        given_away.add(id(x))
+    again = lambda x: jnp.copy(x) if id(x) in given_away else x  # noqa: E731
+    return treedef.unflatten(leaves), jax.tree.map(again, others)

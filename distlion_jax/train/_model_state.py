@@ -35,7 +35,7 @@ def agree(new: Any, old: Any, entered: Array, axes: tuple[str, ...]) -> Any:
             f"{jax.tree.structure(old)} to {jax.tree.structure(new)}. Return all of it, in the "
             "containers that it came in."
         )
-    check_shapes("model_state", old, new, "Return statistics in the shapes that came in.")
+    check_shapes("model_state", old, new, ". Return statistics in the shapes that came in.")
     leaves, treedef = jax.tree.flatten(new)
     before = jax.tree.leaves(old)
     real = [jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in leaves]

@@ -61,7 +61,8 @@ def make_pmap_train_step(
     """
     check_static("microbatches", microbatches, "int", MOST_PARTS)
     devices = all_devices(devices)
-    here = sum(d.process_index == jax.process_index() for d in devices)
+    place = _place(devices)
+    here = place.entries
     worker = worker_step(
         loss_fn,
         tx,
@@ -84,7 +85,7 @@ def make_pmap_train_step(
     first = jax.pmap(lambda tree: audit.all_same(tree, axis_name), axis_name, devices=devices)
     driver = Driver(
         tx,
-        _place(devices, here),
+        place,
         lambda tree: not jax.tree.leaves(tree) or audit.everywhere(first(tree)),
         lambda args, rng, extra: mapped.lower(False, *arranged(args, rng, extra)),
         has_model_state=has_model_state,
@@ -111,8 +112,9 @@ def make_pmap_train_step(
     return step
 
 
-def _place(devices: Sequence[Any], here: int) -> Place:
+def _place(devices: Sequence[Any]) -> Place:
     processes = [d.process_index for d in devices]
+    mine = tuple(i for i, p in enumerate(processes) if p == jax.process_index())
     if len({processes.count(process) for process in processes}) > 1:
         raise ValueError(
             f"`devices` are of processes {processes}: pmap takes as many of each process. A mesh "
@@ -121,12 +123,11 @@ def _place(devices: Sequence[Any], here: int) -> Place:
     return Place(
         tuple(devices),
         workers=len(devices),
-        entries=here,
-        shards=here,
+        shards=len(mine),
         vote_sizes=(len(devices),),
         stacked=True,
         watched=True,
-        rows=tuple(i for i, p in enumerate(processes) if p == jax.process_index()),
+        mine=mine,
     )
 
 

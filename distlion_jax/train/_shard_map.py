@@ -150,7 +150,6 @@ def make_train_step(
         Place(
             tuple(mesh.devices.flat),
             workers=place.workers,
-            entries=place.workers,
             shards=place.shards,
             vote_sizes=tuple(mesh.shape[name] for name in wire.axes(axis_name)),
             stacked=stacked,

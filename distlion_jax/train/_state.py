@@ -17,17 +17,13 @@ from jax.sharding import Mesh
 
 from distlion_jax._rules import AxisName
 from distlion_jax._vote import wire
-from distlion_jax.exchanges import is_once, map_fields, roles_of
+from distlion_jax.exchanges import declares, is_once, map_fields, roles_of
 from distlion_jax.train._placement import Placement
 
 
 def per_worker(state: Any) -> Any:
     """The part of a state that has a worker axis: all but what is stored once."""
     return jax.tree.map(lambda x: () if is_once(x) else x, state, is_leaf=is_once)
-
-
-def _declares(node: Any) -> bool:
-    return roles_of(node) is not None
 
 
 def _map_stacked(f: Callable[[Any], Any], state: Any) -> Any:
@@ -42,7 +38,7 @@ def _map_stacked(f: Callable[[Any], Any], state: Any) -> Any:
             lambda _, name, x: x if name in roles.in_place else _map_stacked(f, x), node, roles
         )
 
-    return jax.tree.map(one, state, is_leaf=_declares)
+    return jax.tree.map(one, state, is_leaf=declares)
 
 
 def _map_shared(f: Callable[[Any], Any], state: Any) -> Any:
@@ -62,7 +58,7 @@ def _map_shared(f: Callable[[Any], Any], state: Any) -> Any:
 
         return map_fields(field, node, roles)
 
-    return jax.tree.map(one, state, is_leaf=_declares)
+    return jax.tree.map(one, state, is_leaf=declares)
 
 
 def unstack(state: Any, axis_name: AxisName = "data") -> Any:

@@ -11,6 +11,7 @@ of the exchanges (:mod:`distlion_jax._vote.stamp`) show it.
 
 import itertools
 import warnings
+import zlib
 from typing import Any
 
 import jax
@@ -19,7 +20,8 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from distlion_jax.exchanges import exchanges, is_once
+from distlion_jax._vote.wire import is_key
+from distlion_jax.exchanges import declares, exchanges, is_once, roles_of
 
 CURE = (
     "Save and restore the whole state, its leading worker axis included. For another number of "
@@ -160,9 +162,8 @@ def with_rates(state: Any, n: int) -> Any:
     def one(node: Any) -> Any:
         if not is_injected(node):
             return node
-        node = node._replace(hyperparams=jax.tree.map(spread, node.hyperparams))
-        inner = getattr(node, "inner_state", None)
-        return node if inner is None else node._replace(inner_state=with_rates(inner, n))
+        rates = jax.tree.map(spread, node.hyperparams)
+        return node._replace(hyperparams=rates, inner_state=with_rates(node.inner_state, n))
 
     return jax.tree.map(one, state, is_leaf=lambda node: is_injected(node) or is_once(node))
 
@@ -195,3 +196,34 @@ def with_health(state: Any, expected: Any) -> Any:
         return node._replace(health=zeros)
 
     return jax.tree.map(one, state, is_leaf=lambda node: id(node) in known)
+
+
+def shared_values(state: Any) -> dict[str, str]:
+    """Hashes of what a stacked state shares, by its name; and whether its rounds were held."""
+    found: dict[str, str] = {}
+    for path, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=declares):
+        roles = roles_of(node)
+        if roles is None or roles.once:
+            continue
+        for name in roles.shared:
+            for inner, x in jax.tree_util.tree_leaves_with_path(getattr(node, name)):
+                where = f"`state{jax.tree_util.keystr(path)}.{name}{jax.tree_util.keystr(inner)}`"
+                found[where] = _summary(_first_row(x))
+        for name in set(getattr(node, "_fields", ())) - {*roles.own, *roles.shared}:
+            nested = shared_values(getattr(node, name))
+            found |= {k.replace("`state", f"`state{jax.tree_util.keystr(path)}.{name}"): v
+                      for k, v in nested.items()}  # fmt: skip
+        if getattr(node, "stamp", None) is not None:
+            used = bool(_first_row(node.stamp)[1:].any())
+            found[f"`state{jax.tree_util.keystr(path)}.stamp`"] = "used" if used else "fresh"
+    return found
+
+
+def _first_row(x: Any) -> np.ndarray:
+    """The first of the rows that this process holds."""
+    x = x.addressable_shards[0].data if hasattr(x, "addressable_shards") else x
+    return np.asarray(jax.random.key_data(x) if is_key(x) else x)[0]
+
+
+def _summary(x: np.ndarray) -> str:
+    return str(x.item()) if x.ndim == 0 else f"{zlib.crc32(x.tobytes()):08x}"
