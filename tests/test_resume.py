@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """States that travel: saved and restored, torn, resized, from Lion and back."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,17 +47,24 @@ def same(a, b):
     return all((x == y).all() for x, y in pairs)
 
 
-def used(kind, how="shard_map", n=8, steps=3):
-    """A step, and what it made in some steps."""
+def made(kind, how="shard_map", n=8):
+    """A step, and what it made in three."""
     step, params, state = start(loss, KINDS[kind](), PARAMS, how, n=n)
-    return step, *run(step, params, state, XS[:steps])[:2]
+    return step, *run(step, params, state, XS[:3])[:2]
+
+
+@functools.cache
+def used(kind, how="shard_map", n=8):
+    """The same for many tests, which get copies on the host."""
+    step, params, state = made(kind, how, n)
+    return step, host(params), host(state)
 
 
 @pytest.mark.parametrize("how", ["shard_map", "pmap"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("asynchronously", [False, True])
 def test_orbax_resumes_bit_for_bit(kind, how, asynchronously, tmp_path):
-    step, params, state = used(kind, how)
+    step, params, state = made(kind, how)
     make = ocp.AsyncCheckpointer if asynchronously else ocp.Checkpointer
     with make(ocp.StandardCheckpointHandler()) as saver:
         saver.save(tmp_path / "c", args=ocp.args.StandardSave((params, state)))
