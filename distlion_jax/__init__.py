@@ -27,6 +27,7 @@ Train steps:
     make_global_batch           one batch of the rows that every process has loaded
     unstack, stack              the state's worker axis, off and on, in such a function
     resize_state                a state for another number of workers
+    state_like                  what to restore a checkpoint of other workers onto
     from_lion_state             optax.lion's state for all workers
     to_lion_state               and back, with the mean of their momenta
     set_hyperparams             injected hyperparameters, set by hand
@@ -85,6 +86,7 @@ from distlion_jax.resume import (
     from_lion_state,
     resize_state,
     set_hyperparams,
+    state_like,
     to_lion_state,
 )
 from distlion_jax.sync import SynchronizeMomentumState, synchronize_momentum
@@ -153,6 +155,7 @@ __all__ = [
     "scale_by_distributed_lion",
     "set_hyperparams",
     "stack",
+    "state_like",
     "state_specs",
     "synchronize_momentum",
     "to_lion_state",

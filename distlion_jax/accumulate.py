@@ -124,9 +124,10 @@ def _once_a_round(multi: optax.MultiSteps) -> optax.GradientTransformationExtraA
 
         def exchange() -> tuple[Any, Any]:
             means = optax.tree.cast_like(total, updates)
-            if (healthy := extra_args.get("healthy")) is not None:  # of all micro-batches
-                extra_args["healthy"] = healthy._replace(fine=all_finite(total))
-            return inner.update(means, state.inner_opt_state, params, **extra_args)
+            given = dict(extra_args)
+            if (healthy := given.get("healthy")) is not None:  # of all micro-batches
+                given["healthy"] = healthy._replace(fine=all_finite(total))
+            return inner.update(means, state.inner_opt_state, params, **given)
 
         shapes = jax.eval_shape(exchange)
 

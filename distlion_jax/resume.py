@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from distlion_jax._rules import AxisName, check_choice
+from distlion_jax._rules import AxisName, check_choice, check_static
 from distlion_jax._vote.stamp import marks
 from distlion_jax._vote.wire import is_key
 from distlion_jax.exchanges import declares, exchanges, is_once, map_fields, roles_of
@@ -25,6 +25,7 @@ from distlion_jax.train._placement import Placement
 from distlion_jax.train._whole import CURE, is_injected, stamps_of
 
 How = Literal["mean", "rows"]
+MOST = 2**24  # workers, as of a vote
 
 
 def resize_state(state: Any, mesh: Mesh, axis_name: AxisName = "data", *, how: How = "mean") -> Any:
@@ -62,10 +63,8 @@ def resize_state(state: Any, mesh: Mesh, axis_name: AxisName = "data", *, how: H
     old, new = workers_of(state), place.workers
     check_rows(state, old)
 
+    @_of_keys_too  # steps fold a worker's index in
     def spread(x: Any) -> Any:
-        if is_key(x):  # steps fold a worker's index in
-            data = spread(jax.random.key_data(x))
-            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
         x = _on_host(x)
         if x.shape[:1] != (old,):
             raise ValueError(
@@ -76,11 +75,12 @@ def resize_state(state: Any, mesh: Mesh, axis_name: AxisName = "data", *, how: H
             return x[np.arange(new) % old]
         return np.broadcast_to(_mean(x), (new, *x.shape[1:]))
 
+    @_of_keys_too
     def shared(x: Any) -> Any:
         x = _on_host(x)
         return np.broadcast_to(x[:1], (new, *x.shape[1:]))
 
-    made = _map(spread, shared, lambda x: _one_copy(x, old), state)
+    made = _map(spread, shared, _one_copy(state, old), state)
     made = _stamped(made, place.workers)
     specs = place.state(made)
     return _placed(made, specs, mesh)
@@ -88,7 +88,8 @@ def resize_state(state: Any, mesh: Mesh, axis_name: AxisName = "data", *, how: H
 
 def workers_of(state: Any) -> int:
     """How many workers a state is of."""
-    shapes = [np.shape(node.count) for node in exchanges(state) if hasattr(node, "count")]
+    counts = [getattr(node, "count", None) for node in exchanges(state)]
+    shapes = [np.shape(x) for x in counts if x is not None and not callable(x)]  # tuple.count
     if not shapes:
         nodes = jax.tree.leaves(state, is_leaf=is_once)
         shapes = [np.shape(x) for x in nodes if not is_once(x)]
@@ -107,12 +108,12 @@ def check_rows(state: Any, n: int) -> None:
     for stamp in stamps_of(state):
         rows = _on_host(stamp)
         used = rows[:, 1] > 0
-        if used.any() and (rows[:, 1].max() > n or (rows[used, 1] == n).all() != used.all()):
+        if used.any() and not (rows[:, 1] == n).all():
             raise ValueError(
                 f"`state` holds {n} rows of a state that {rows[:, 1].max()} workers made, or rows "
-                "of some workers only. In several processes, one process's rows are not enough: "
-                "gather them, jax.experimental.multihost_utils.process_allgather(state, "
-                "tiled=True)."
+                "of some workers only. Restore the rows of all, onto state_like(tx, params, "
+                f"{rows[:, 1].max()}). In several processes, gather those of all processes: "
+                "jax.experimental.multihost_utils.process_allgather(state, tiled=True)."
             )
         if (rows[:, 1] == n).all() and len({*rows[:, 0].tolist()}) < n:
             raise ValueError(f"`state` was torn: some of its {n} rows are there twice. {CURE}")
@@ -130,15 +131,43 @@ def _mean(x: np.ndarray) -> np.ndarray:
     return np.mean(x.astype(wide), axis=0).astype(x.dtype)
 
 
-def _one_copy(node: Any, old: int) -> Any:
-    """What is stored once: as it is, or the first of the equal copies that pmap stacks."""
-    leaves = [_on_host(x) for x in jax.tree.leaves(node)]
-    whole = [getattr(getattr(x, "sharding", None), "is_fully_replicated", False)
-             for x in jax.tree.leaves(node)]  # fmt: skip
-    stacked = not any(whole) and all(x.shape[:1] == (old,) and (x == x[:1]).all() for x in leaves)
-    if stacked:
-        leaves = [x[0] for x in leaves]
-    return jax.tree.unflatten(jax.tree.structure(node), leaves)
+def _of_keys_too(f: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The function of an array, on the data of typed random keys too."""
+
+    def on(x: Any) -> Any:
+        if not is_key(x):
+            return f(x)
+        return jax.random.wrap_key_data(f(jax.random.key_data(x)), impl=jax.random.key_impl(x))
+
+    return on
+
+
+def _one_copy(state: Any, old: int) -> Callable[[Any], Any]:
+    """Takes what is stored once: as it is, or the first of the equal copies that pmap stacks."""
+    stacked = _is_stacked(state, old)
+    take = _of_keys_too(lambda x: _on_host(x)[0] if stacked else _on_host(x))
+    return lambda node: jax.tree.map(take, node)
+
+
+def _is_stacked(state: Any, old: int) -> bool:
+    """Whether what is stored once has a worker axis too, as under pmap."""
+    once = [x for x in jax.tree.leaves(state, is_leaf=is_once) if is_once(x)]
+    leaves = jax.tree.leaves(once)
+    if not leaves or any(np.shape(x)[:1] != (old,) for x in leaves):
+        return False
+    for x in leaves:
+        if isinstance(x, jax.Array) and len(x.sharding.device_set) > 1:
+            return not x.is_fully_replicated
+    if any(np.ndim(x) == 1 and jnp.issubdtype(x.dtype, jnp.integer) for x in leaves):
+        return True  # a counter of each worker
+    data = [_on_host(jax.random.key_data(x) if is_key(x) else x) for x in leaves]
+    if any((x != x[:1]).any() for x in data):
+        return False
+    raise ValueError(
+        f"`state` has a replicated part of shape {np.shape(leaves[0])}, all rows alike: one copy, "
+        f"or the {old} that pmap stacks. Pass the state on its devices, as the step returned it, "
+        "which tells them apart."
+    )
 
 
 def _map(
@@ -231,9 +260,39 @@ def from_lion_state(state: Any, mesh: Mesh, axis_name: AxisName = "data") -> Any
         return ScaleByDistributedLionState.from_momentum(node.count, node.mu)
 
     whole = jax.tree.map(convert, state, is_leaf=_is_lion)
-    rows = lambda x: np.broadcast_to(_on_host(x), (place.workers, *np.shape(x)))  # noqa: E731
-    made = jax.tree.map(lambda x: x if is_once(x) else rows(x), whole, is_leaf=is_once)
+    made = _rows(whole, place.workers)
     return _placed(made, place.state(made), mesh)
+
+
+def state_like(tx: optax.GradientTransformation, params: Any, n: int) -> Any:
+    """An initial state of n workers in NumPy: what a checkpoint of other workers is restored onto.
+
+    The form is that of :func:`distlion_jax.init_state`, and there need not be n devices. The rows
+    are views of one row: they take no memory, and cannot be written to.
+
+    Args:
+      tx: the transformation that the checkpoint was made with.
+      params: parameters, without a worker axis.
+      n: workers of the checkpoint.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from distlion_jax import distributed_lion
+      >>> state_like(distributed_lion(1e-3), {"w": jnp.zeros(3)}, 64)[0].mu["w"].shape
+      (64, 3)
+    """
+    check_static("n", n, "int", MOST)
+    return _rows(tx.init(params), n)
+
+
+def _rows(state: Any, n: int) -> Any:
+    """One worker's state as that of n, in NumPy."""
+    row = _of_keys_too(lambda x: np.broadcast_to(_on_host(x), (n, *np.shape(x))))
+    return jax.tree.map(
+        lambda x: jax.tree.map(_of_keys_too(_on_host), x) if is_once(x) else row(x),
+        state,
+        is_leaf=is_once,
+    )
 
 
 def to_lion_state(state: Any) -> Any:
@@ -263,12 +322,14 @@ def to_lion_state(state: Any) -> Any:
     old = workers_of(state)
     check_rows(state, old)
 
+    @_of_keys_too
     def mean(x: Any) -> Any:
         x = _on_host(x)
         return jnp.asarray(_mean(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x[0])
 
-    first = lambda x: jnp.asarray(_on_host(x)[0])  # noqa: E731
-    one = _map(mean, first, lambda x: jax.tree.map(jnp.asarray, _one_copy(x, old)), state)
+    first = _of_keys_too(lambda x: jnp.asarray(_on_host(x)[0]))
+    take = _one_copy(state, old)
+    one = _map(mean, first, lambda x: jax.tree.map(jnp.asarray, take(x)), state)
 
     def convert(node: Any) -> Any:
         if isinstance(node, ScaleByDistributedLionState):
@@ -298,6 +359,12 @@ def set_hyperparams(state: Any, **values: Any) -> Any:
       (8,)
     """
     known: set[str] = set()
+    for name, value in values.items():
+        if np.shape(value):
+            raise ValueError(
+                f"`{name}` has shape {np.shape(value)}; one number, the same for all workers, was "
+                "expected."
+            )
 
     def filled(x: Any, value: Any) -> Any:
         """A whole number may become a fraction, such as a decay that began at 0."""

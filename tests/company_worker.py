@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import distlion_jax as dl
+from distlion_jax.cluster import coordinator
 
 STEPS = 4
 PARAMS = {"w": np.ones((4, 3), np.float32), "b": np.zeros(3, np.float32)}
@@ -143,6 +144,30 @@ def bad_batch():
     last = jax.process_index() == jax.process_count() - 1
     batch = my_rows(1)[:5] if last else dl.make_global_batch(my_rows(1), mesh)
     return {"said": np.asarray(said(lambda: step(params, state, batch)))}
+
+
+def tries_again():
+    """The last process is given a bad batch, and then a good one; process 0 lowers alone."""
+    mesh, tx = dl.worker_mesh(), dl.distributed_lion(0.1)
+    step, last = dl.make_train_step(loss, tx, mesh), jax.process_index() == jax.process_count() - 1
+    params, state = dl.replicate(PARAMS, mesh), dl.init_state(tx, PARAMS, mesh)
+    params, state, _ = step(params, state, dl.make_global_batch(my_rows(0), mesh))
+    if last:
+        error = said(lambda: step(params, state, my_rows(1)[:5]))
+    batch = dl.make_global_batch(my_rows(1), mesh)
+    if jax.process_index() == 0:
+        step.lower(params, state, batch)
+    # Other rates, and every other batch with half the rows: each call begins anew.
+    for call in range(1, 9):
+        rows = my_rows(call % STEPS)[:: 1 + call % 2]
+        params, state, metrics = step(params, state, dl.make_global_batch(rows, mesh))
+        params = jax.tree.map(jnp.copy, params)
+    keys = [key for key, _ in coordinator().key_value_dir_get("distlion_jax/step0/")]
+    return {
+        "said": np.asarray(error if last else "nothing"),
+        "cards": np.asarray(sum("/new" in key for key in keys)),
+        "voters": np.asarray(metrics.health[0].voters),
+    } | mine(params)
 
 
 def fewer_batches():

@@ -52,7 +52,7 @@ def run(folder, situation, processes, devices):
 def test_who_waits_for_long_says_for_whom():
     """Once; and it hears that the other is alive, and in an earlier call."""
     beats = iter(range(100))
-    watch = Watch(3, False, lambda: [Word("alive", 1, 2, str(next(beats)))], 0.0)
+    watch = Watch(3, 0, lambda: [Word("alive", 1, 2, str(next(beats)))], 0.0)
     for now in range(5, 60, 5):
         watch.look(float(now))
     with pytest.warns(UserWarning, match=r"for 60 s in call 3 of the step for processes \[1\]"):
@@ -63,9 +63,25 @@ def test_who_waits_for_long_says_for_whom():
 def test_what_others_said_of_earlier_calls_is_no_reason():
     words = [Word("new2", 1, 2, "{}"), Word("ended", 2, 3, ""), Word("raised", 3, 4, "x")]
     words += [Word("raised", 4, 3, "")]  # one that raised, and went on
-    watch = Watch(3, False, lambda: words, 0.0)
+    watch = Watch(3, 2, lambda: words, 0.0)
     watch.look(5.0)
     watch.look(55.0)
+
+
+def test_one_that_began_anew_in_an_earlier_call_waits_for_an_answer():
+    """On accelerators the wait is for the call before: the others may be a call ahead."""
+    watch = Watch(3, 1, lambda: [Word("new2", 1, 2, "{}")], 0.0)
+    watch.look(5.0)
+    with pytest.raises(RuntimeError, match=r"process 1 was given other shapes.*in call 2; process"):
+        watch.look(10.0)
+
+
+def test_one_that_goes_on_after_raising_is_no_reason():
+    words = [Word("raised", 1, 3, "ValueError: x")]
+    watch = Watch(3, 1, lambda: words, 0.0)
+    watch.look(5.0)
+    words[0] = Word("raised", 1, 3, "")
+    watch.look(10.0)
 
 
 @pytest.fixture(params=SHAPES, ids=lambda shape: f"{shape[0]} processes")
@@ -124,6 +140,16 @@ def test_the_others_are_told_of_a_process_that_raises(shape, tmp_path):
         said = str(results["said"])
         assert said.startswith(f"RuntimeError: process {shape[0] - 1} raised in call 2"), said
         assert "ValueError: `batch`" in said
+
+
+def test_a_process_that_raised_may_try_again(shape, tmp_path):
+    """And one may lower alone; what the processes say does not pile up."""
+    *others, last = run(tmp_path, "tries_again", *shape)
+    assert str(last["said"]).startswith("ValueError: `batch`")
+    for results in (*others, last):
+        assert int(results["voters"]) == shape[0] * shape[1]
+        assert int(results["cards"]) <= 2 * shape[0]
+        assert results["['w']"].tobytes() == last["['w']"].tobytes()
 
 
 def test_the_others_are_told_of_a_process_that_ends(shape, tmp_path):

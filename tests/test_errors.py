@@ -169,7 +169,7 @@ def waiting(word, seconds):
     """A process waits in call 3; this is all that it hears, at once and so much later."""
 
     def call():
-        watch = Watch(3, False, lambda: [word], 0.0)
+        watch = Watch(3, 0, lambda: [word], 0.0)
         watch.look(5.0)
         watch.look(5.0 + seconds)
 
@@ -658,6 +658,10 @@ CASES = {
         optax.adam(0.1).init(PARAMS), dl.worker_mesh(8)
     ),
     "`state` holds no state of a vote": lambda: dl.to_lion_state(optax.lion(0.1).init(PARAMS)),
+    "`learning_rate` has shape (8,); one number": lambda: dl.set_hyperparams(
+        optax.inject_hyperparams(dl.distributed_lion)(0.1).init(PARAMS),
+        learning_rate=jnp.arange(8.0),
+    ),
     "`lerning_rate` is no injected hyperparameter of this state, which has ['b1'": lambda: (
         dl.set_hyperparams(
             optax.inject_hyperparams(dl.distributed_lion)(0.1).init(PARAMS), lerning_rate=1.0
@@ -669,6 +673,29 @@ CASES = {
     ),
     "`state` holds 4 rows of a state that 8 workers made ... process_allgather": lambda: (
         dl.resize_state(marked(4, range(4), 8), dl.worker_mesh(2))
+    ),
+    "`state` holds 4 rows of a state that 2 workers made, or rows": lambda: dl.resize_state(
+        marked(4, [0, 1, 0, 0], 2)._replace(stamp=np.int32([[0, 2], [1, 2], [0, 0], [0, 0]])),
+        dl.worker_mesh(2),
+    ),
+    "`params['b']` lies on 4 devices, and the step runs on 8": edge(
+        change=lambda p, s: (dl.replicate(PARAMS, dl.worker_mesh(4)), s)
+    ),
+    "`state` has a replicated part of shape (8, 3), all rows alike: one copy, or the 8": lambda: (
+        dl.resize_state(
+            dl.state_like(
+                optax.chain(dl.distributed_lion(0.1), dl.replicated(optax.trace(0.9))),
+                {"w": np.ones((8, 3))},
+                8,
+            ),
+            dl.worker_mesh(4),
+        )
+    ),
+    "got None, which asks for at least 2. On CPU": lambda: dl.worker_mesh(
+        devices=jax.devices()[:1]
+    ),
+    "`n` must lie in [1, 16777216]; got 0": lambda: dl.state_like(
+        dl.distributed_lion(0.1), PARAMS, 0
     ),
     "`state` was torn: some of its 4 rows are there twice": lambda: dl.to_lion_state(
         (marked(4, [0, 1, 1, 3], 4),)
@@ -691,17 +718,17 @@ CASES = {
         {"x": np.ones((7, 3))}, dl.worker_mesh(8)
     ),
     # Several processes
-    "process 1 raised in call 2 of the step, and this process waits in call 3: ValueError: x": (
+    "process 1 raised in call 2 of the step, and process 0 waits in call 3: ValueError: x": (
         waiting(Word("raised", 1, 2, "ValueError: x"), 5.0)
     ),
-    "process 1 ended after 2 calls of the step, and this process waits in call 3. Give all": (
+    "process 1 ended after 2 calls of the step, and process 0 waits in call 3. Give all": (
         waiting(Word("ended", 1, 2, ""), 5.0)
     ),
-    "process 1 was given other shapes, or a state (or parameters) ... in call 3; this": waiting(
+    "process 1 was given other shapes, or a state (or parameters) ... call 3; process 0": waiting(
         Word("new3", 1, 3, "{}"), 5.0
     ),
-    "process 1 has given no sign of life for 30 s ... in call 3 of the step": waiting(
-        Word("alive", 1, 2, "17"), 30.0
+    "process 1 has given no sign of life for 60 s ... in call 3 of the step": waiting(
+        Word("alive", 1, 2, "17"), 60.0
     ),
     "`coordinator_address` must be host:port; got 'here'.": lambda: dl.join("here", 2, 1),
     "`process_id` must lie in [0, num_processes=2); got 2.": lambda: dl.join("here:1", 2, 2),

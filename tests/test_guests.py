@@ -3,7 +3,7 @@
 
 import dataclasses
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -149,9 +149,16 @@ def test_a_model_that_can_be_called(make, how):
     assert not (np.asarray(one(params, how).w) == 1).any()
 
 
+def noisy(named):
+    noise, vote = optax.add_noise(1.0, 0.0, jax.random.key(0)), dl.distributed_lion(0.1)
+    # JAX sorts the names, and so the noise comes last in the state.
+    return optax.named_chain(("z", noise), ("a", vote)) if named else optax.chain(noise, vote)
+
+
 @pytest.mark.parametrize("how", MAPS)
-def test_noise_before_the_vote_is_each_workers_own(how):
-    tx = optax.chain(optax.add_noise(1.0, 0.0, jax.random.key(0)), dl.distributed_lion(0.1))
+@pytest.mark.parametrize("named", [False, True])
+def test_noise_before_the_vote_is_each_workers_own(named, how):
+    tx = noisy(named)
     given = {"w": np.ones((40, 30), np.float32)}
     step, params, state = start(lambda p, x: 0.0 * (x @ p["w"][:4]).sum(), tx, given, how)
     for _ in range(2):
@@ -328,3 +335,65 @@ def test_what_is_lowered_is_called_like_the_step(how):
     compiled = step.lower(params, state, X).compile()
     *_, metrics = compiled(params, state, X)
     assert int(metrics.health[0].voters) == 8
+    step, params, state = start(loss, dl.distributed_lion(0.1), PARAMS, how)
+    step.lower(params, state, X, value=1.0, participating=None)
+    step.lower(*jax.eval_shape(lambda *a: a, params, state, X), value=1.0)
+
+
+@pytest.mark.parametrize("x", [2.0, np.float32(2.0), np.float32([2.0])])
+def test_a_number_has_a_workers_own_gradient_too(x):
+    def worker(a):
+        return dl.local_value_and_grad(lambda x, a: (a[0] * x).sum())(x, a)[1].reshape(1)
+
+    mapped = jax.shard_map(worker, mesh=dl.worker_mesh(8), in_specs=P("data"), out_specs=P("data"))
+    assert jax.jit(mapped)(jnp.arange(8.0)).tolist() == list(range(8))
+
+
+class Kept(NamedTuple):
+    last: Any
+
+
+@pytest.mark.parametrize("how", MAPS)
+def test_an_argument_that_is_kept_as_it_came_is_read(how):
+    keep = optax.GradientTransformationExtraArgs(
+        lambda params: Kept(np.int32(0)),
+        lambda g, s, p=None, *, tag, **extra: (g, Kept(tag)),
+    )
+    tx = optax.chain(dl.exchange(keep), dl.distributed_lion(0.1))
+    step, params, state = start(loss, tx, PARAMS, how)
+    *_, state, _ = step(params, state, X, tag=np.arange(8, dtype=np.int32), weight=None)
+    assert state[0].inner.last.tolist() == list(range(8))
+
+
+@pytest.mark.parametrize("how", MAPS)
+def test_an_init_of_numbers_or_of_values(how):
+    """It holds a number of Python's, and looks at the parameters' values."""
+    bound = optax.GradientTransformation(lambda params: Kept(0), lambda g, s, p=None: (g, s))
+    looks = optax.GradientTransformation(
+        lambda params: Kept(jnp.zeros(())) if np.asarray(params["b"]).size else None,
+        lambda g, s, p=None: (g, s),
+    )
+    for tx in (bound, looks) if how == "pmap" else (bound,):
+        tx = optax.chain(dl.exchange(tx), dl.distributed_lion(0.1))
+        step, params, state = start(loss, tx, PARAMS, how)
+        *_, metrics = step(params, state, X)
+        assert int(metrics.health[0].voters) == 8
+
+
+@pytest.mark.parametrize("how", MAPS)
+def test_a_warning_points_at_the_users_line(how):
+    tx = optax.chain(optax.MultiSteps(dl.distributed_lion(0.1), 2).gradient_transformation())
+    step, params, state = start(loss, tx, PARAMS, how)
+    with pytest.warns(UserWarning, match="optax.MultiSteps inside") as found:
+        step(params, state, X)
+    assert found[0].filename == __file__
+
+
+def test_two_accumulations_leak_no_tracer():
+    make = lambda: dl.accumulate_gradients(dl.distributed_lion(0.1), 2)  # noqa: E731
+    tx = optax.partition({"w": make(), "b": make()}, {"w": "w", "b": "b"})
+    with jax.checking_leaks():
+        step, params, state = start(loss, tx, PARAMS, "shard_map")
+        for _ in range(2):
+            params, state, metrics = step(params, state, X)
+    assert [int(h.voters) for h in metrics.health] == [8, 8]

@@ -186,6 +186,53 @@ def test_pmaps_state_is_resized_too():
     assert int(metrics.means[0].workers) == 4
 
 
+def test_keys_and_arrays_of_a_users_own_are_resized_too():
+    noise = optax.add_noise(1.0, 0.0, jax.random.key(0))
+    tx = optax.chain(dl.exchange(optax.trace(0.9)), noise, dl.scale_by_distributed_lion(),
+                     dl.replicated(optax.add_noise(0.0, 1.0, jax.random.key(1))))  # fmt: skip
+    step, params, state = start(loss, tx, PARAMS, "shard_map")
+    params, state, _ = step(params, state, XS[0])
+    trace = np.asarray(state[0].inner.trace["w"])
+    lion = dl.to_lion_state(state)
+    assert jax.random.key_data(lion[1].rng_key).shape == (2,)
+    mesh = dl.worker_mesh(4)
+    new = dl.resize_state(state, mesh)
+    np.testing.assert_allclose(new[0].inner.trace["w"], [trace.mean(0)] * 4, rtol=1e-6)
+    *_, metrics = dl.make_train_step(loss, tx, mesh)(dl.replicate(host(params), mesh), new, XS[1])
+    assert int(metrics.health[0].voters) == 4
+
+
+@pytest.mark.parametrize("how", ["shard_map", "pmap"])
+def test_one_copy_is_told_from_a_stack(how):
+    """A replicated part that has as many rows as there are workers, all alike, and no counter."""
+    tx = optax.chain(dl.scale_by_distributed_lion(), dl.replicated(optax.trace(0.9)))
+    given = {"w": np.ones((8, 3), np.float32)}
+    step, params, state = start(lambda p, x: (x @ p["w"][:4]).sum(), tx, given, how)
+    _, state, _ = step(params, state, XS[0])
+    new = dl.resize_state(state, dl.worker_mesh(4))
+    assert new[1].inner.trace["w"].shape == (8, 3)
+    fresh = dl.state_like(tx, given, 8)
+    with pytest.raises(ValueError, match=r"a replicated part of shape \(8, 3\), all rows alike"):
+        dl.resize_state(fresh, dl.worker_mesh(4))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_of_more_workers_than_devices(kind, tmp_path):
+    """Restored onto NumPy, by one who has 4 devices."""
+    _, params, state = made(kind)
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(tmp_path / "c", (params, state))
+    like = PARAMS, dl.state_like(KINDS[kind](), PARAMS, 8)
+    with ocp.StandardCheckpointer() as saver:
+        params, restored = saver.restore(tmp_path / "c", like)
+    assert same(restored, state)
+    mesh = dl.worker_mesh(4)
+    params, state = dl.replicate(params, mesh), dl.resize_state(restored, mesh)
+    *_, metrics = dl.make_train_step(loss, KINDS[kind](), mesh)(params, state, XS[3])
+    healths = [h.voters for h in metrics.health] + [h.workers for h in metrics.means]
+    assert {int(x) for x in healths} <= {0, 4}
+
+
 def test_from_lion_and_back():
     lion, mesh = optax.lion(0.1), dl.worker_mesh(8)
     g = jax.tree.map(lambda x: x + 0.5, PARAMS)

@@ -6,7 +6,7 @@ Out: nothing, or a ``ValueError``. What ``update`` is given is checked in ``dist
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -104,6 +104,20 @@ def check_places(params: Any, state: Any, batch: Any) -> None:
             )
 
 
+def check_devices(devices: Collection[Any], **trees: Any) -> None:
+    """Raises for an array that was put on other devices than the step's."""
+    for name, tree in trees.items():
+        for path, x in jax.tree_util.tree_leaves_with_path(tree):
+            if not isinstance(x, jax.Array) or isinstance(x, Tracer) or not x.committed:
+                continue
+            if x.sharding.device_set != set(devices):
+                raise ValueError(
+                    f"`{name}{jax.tree_util.keystr(path)}` lies on {len(x.sharding.device_set)} "
+                    f"devices, and the step runs on {len(devices)}, not the same ones. "
+                    "replicate(params, mesh) and resize_state(state, mesh) put them there."
+                )
+
+
 def check_alive(**trees: Any) -> None:
     """Raises for an array whose buffer was given away; JAX's own check can be too late."""
 
@@ -173,11 +187,11 @@ def check_decided_alike(state: Any) -> None:
 
 def stands_side_by_side(state: Any) -> bool:
     """Whether exchanges of some leaves each stand side by side, as in ``optax.partition``."""
-    kinds = (optax.transforms.PartitionState,)
+    is_partition = lambda x: isinstance(x, optax.transforms.PartitionState)  # noqa: E731
     groups = [
         group
-        for node in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kinds))
-        if isinstance(node, kinds)
+        for node in jax.tree.leaves(state, is_leaf=is_partition)
+        if is_partition(node)
         for group in node.inner_states.values()
     ]
     return sum(bool(exchanges(group)) for group in groups) > 1 or any(

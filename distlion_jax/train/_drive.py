@@ -6,7 +6,6 @@ In:  the arguments of a call. Out: the results of the program; or an error, befo
 """
 
 import dataclasses
-import warnings
 import weakref
 import zlib
 from collections.abc import Callable
@@ -22,11 +21,16 @@ from distlion_jax.train import _audit as audit
 from distlion_jax.train import _checks as checks
 from distlion_jax.train import _extra, _whole
 from distlion_jax.train._metrics import Metrics
-from distlion_jax.train._notes import leading_on
+from distlion_jax.train._notes import leading_on, warn
 from distlion_jax.train._processes import Company
 from distlion_jax.train._state import per_worker
 
 MOST_PARTS = 2**16  # micro-batches
+_LOOKS_AT_VALUES = (  # what JAX raises for it under eval_shape
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
 
 
 class Step(Protocol):
@@ -37,13 +41,16 @@ class Step(Protocol):
         ...
 
     def lower(self, *args: Any, rng: Any = None, **extra: Any) -> jax.stages.Lowered:
-        """The step's program for these arguments; what it compiles to takes the same ones."""
+        """The step's program for these arguments.
+
+        What it compiles to takes the same ones; extra arguments with an entry for each worker.
+        """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Of whom a step is the program."""
+    """The workers and devices that a step runs on."""
 
     devices: tuple[Any, ...]
     workers: int  # of all processes
@@ -96,7 +103,7 @@ class Driver:
         self._agree, self._lower, self._one = agree, lower, one
         self._last: list[Any] = []  # weak references to the arrays that it returned last
         self._form: Any = None  # their structure
-        self._shapes_met: Any = None  # of the arguments, when the processes last compared programs
+        self._shapes_met: set[Any] = set()  # of arguments whose programs the processes compared
         self._declared = True  # whether `tx` says that it makes workers agree
         self._calls = 0
         here = jax.process_index()
@@ -123,9 +130,13 @@ class Driver:
         return (params, model_state, *rest) if self.has_model_state else (params, *rest)
 
     def _begin(
-        self, args: tuple[Any, ...], rng: Any, extra: dict[str, Any]
+        self, args: tuple[Any, ...], rng: Any, extra: dict[str, Any], *, meet: bool
     ) -> tuple[bool, tuple[Any, ...], Any, dict[str, Any]]:
-        """The arguments of a call, checked; before them, whether they are traced."""
+        """Checks the arguments of a call.
+
+        Returns whether any is traced, and the arguments to run with. ``meet``: whether the
+        processes compare what they are about to run.
+        """
         params, model_state, state, batch = self.split(args)
         place, new = self.place, self._are_new((params, model_state, state))
         if new:
@@ -136,6 +147,9 @@ class Driver:
         extra = _extra.by_worker(extra, place.workers, place.entries, votes=place.stacked)
         if new:
             state = self._of_tx(params, state)
+            if place.mine is None:
+                placed = {"params": params, "model_state": model_state, "state": state}
+                checks.check_devices(place.devices, **placed)
             self._declared = not place.stacked or bool(exchanges(state))
         kept = params, model_state, state
         traced = checks.is_traced((batch, rng, extra, kept if new else ()))
@@ -145,7 +159,7 @@ class Driver:
             return True, self.join((*kept, batch)), rng, extra
         if self.donate:
             kept, (batch, rng, extra) = _apart(kept, (batch, rng, extra))
-        if self.company.several:
+        if self.company.several and meet:
             self._meet(new, kept, batch, rng, extra)
         return False, self.join((*kept, batch)), rng, extra
 
@@ -183,7 +197,7 @@ class Driver:
         """Of the transformation's state; None where its ``init`` looks at values."""
         try:
             shapes = jax.eval_shape(lambda p: self.tx.init(self._one(p)), params)
-        except jax.errors.ConcretizationTypeError:
+        except _LOOKS_AT_VALUES:
             return None
         if not self.place.stacked:
             return shapes
@@ -192,13 +206,15 @@ class Driver:
         return jax.tree.map(spread, shapes, is_leaf=is_once)
 
     def _meet(self, new: bool, kept: Any, batch: Any, rng: Any, extra: dict[str, Any]) -> None:
-        """In several processes: raises where a call begins anew, and they differ in what with."""
+        """In several processes, where a call begins anew: raises unless all begin alike.
+
+        Alike means the same program, the same shapes and the same shared state.
+        """
         leaves, form = jax.tree.flatten((kept, batch, rng, extra))
-        shapes = form, [(np.shape(x), getattr(x, "dtype", None)) for x in leaves]
-        known = shapes == self._shapes_met
+        shapes = form, tuple((np.shape(x), getattr(x, "dtype", None)) for x in leaves)
+        known = shapes in self._shapes_met
         if known and not new:
             return
-        self._shapes_met = shapes
         params, model_state, state = kept
         # By their paths: the structure's own text may hold addresses, which differ by process.
         paths = [
@@ -212,6 +228,7 @@ class Driver:
             card["the program"] = _program(self._lower(self.join((*kept, batch)), rng, extra))
         self.company.agree(card)
         self._compare(params, model_state, state)
+        self._shapes_met.add(shapes)
 
     def _compare(self, params: Any, model_state: Any, state: Any) -> None:
         """Raises where what is the same on all workers has other bits on some."""
@@ -234,32 +251,47 @@ class Driver:
     ) -> tuple[Any, ...]:
         """One call: checks, the program, and a look at what it did."""
         with self.company.call(), leading_on():
-            traced, args, rng, extra = self._begin(args, rng, extra)
+            traced, args, rng, extra = self._begin(args, rng, extra, meet=True)
             out = program(traced, args, rng, extra)
+            self.company.counts = True
             params, model_state, state, metrics = self.split(out)
             if traced or checks.is_traced(metrics):  # or the call was staged out whole
                 return out
-            self._wait(metrics)
             self._calls += 1
+            scheduled = audit.is_scheduled(self._calls)
+            self._wait(metrics, scheduled)
             if (self.place.watched or self.company.several) and self.place.workers > 1:
                 declared = self._declared or not self.place.watched
-                if audit.is_scheduled(self._calls) or not declared:
+                if scheduled or not declared:
                     same = self._same(params, model_state, state)
                     audit.check_alike(self._agree, same, self._calls)
-            self._warn(metrics)
+            if scheduled:
+                self._warn(metrics)
             self._remember((params, model_state, state))
             return out
 
-    def check(self, args: tuple[Any, ...], rng: Any, extra: dict[str, Any]) -> None:
-        """What a call checks beforehand, for arrays; shapes alone are taken as they are."""
+    def check(
+        self, args: tuple[Any, ...], rng: Any, extra: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], Any, dict[str, Any]]:
+        """What a call makes of its arguments; shapes alone are taken as they are.
+
+        No other process is asked: one of them may lower a program alone.
+        """
         arrays = [isinstance(x, np.ndarray | jax.Array) for x in jax.tree.leaves(args)]
         if all(arrays) and not checks.is_traced(args):
-            with self.company.call():
-                self._begin(args, rng, extra)
+            _, args, rng, extra = self._begin(args, rng, extra, meet=False)
+            return args, rng, extra
+        place = self.place
+        return args, rng, _extra.by_worker(extra, place.workers, place.entries, place.stacked)
 
-    def _wait(self, metrics: Metrics) -> None:
-        """Waits for this call, or for the one before it; in company, with an ear for the others."""
-        if not self._at_once:
+    def _wait(self, metrics: Metrics, now: bool) -> None:
+        """Waits with an ear for the other processes: for this call, or for the one before it.
+
+        Args:
+          metrics: the figures of this call.
+          now: whether something is about to look at its results.
+        """
+        if not (self._at_once or now):
             metrics, self._pending = self._pending, metrics if self.company.several else None
         if self.company.several:
             self.company.wait(metrics)
@@ -268,17 +300,15 @@ class Driver:
 
     def _warn(self, metrics: Metrics) -> None:
         """A word where rounding loses most of what an update would do."""
-        scheduled = audit.is_scheduled(self._calls)
-        if metrics.unmoved is None or not scheduled:
+        if metrics.unmoved is None:
             return
         share = float(np.asarray(metrics.unmoved))
         if share > 0.1:
-            warnings.warn(
+            warn(
                 f"{share:.0%} of the bfloat16 (or narrower) parameters did not move in call "
                 f"{self._calls}: the update is less than half the distance to the next number (for "
                 "1.0 that is 0.002). Keep the parameters in float32 and cast them in the loss "
-                "function: jax.tree.map(lambda x: x.astype(jnp.bfloat16), params).",
-                stacklevel=4,
+                "function: jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)."
             )
 
 

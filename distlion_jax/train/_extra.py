@@ -29,6 +29,8 @@ def by_worker(extra: dict[str, Any], n: int, local: int, votes: bool) -> dict[st
         if name in VOTES_TAKE and not votes:
             raise ValueError(f"`{name}` is for a vote; gradients='mean' takes all.")
         shapes = {np.shape(x)[:1] for x in jax.tree.leaves(value)}
+        if not shapes:  # None: as if it had not been given
+            continue
         if shapes == {()} and name not in VOTES_TAKE:
             value = jax.tree.map(lambda x: np.broadcast_to(x, (local, *np.shape(x))), value)
         elif shapes != {(local,)}:
@@ -55,6 +57,7 @@ def check_read(tx: Any, name: str, grads: Any, state: Any, params: Any, extra: A
 
     jaxpr = jax.make_jaxpr(update)(extra[name]).jaxpr
     read = {id(x) for equation in jaxpr.eqns for x in equation.invars}
+    read |= set(map(id, jaxpr.outvars))  # a state may keep it as it is
     if read.isdisjoint(map(id, jaxpr.invars)):
         near = difflib.get_close_matches(name, set(KNOWN) - {name}, 1, 0.7)
         hint = f"Did you mean `{near[0]}`?" if near else f"Votes take {VOTES_TAKE}."

@@ -20,7 +20,8 @@ from distlion_jax.exchanges import exchanges, is_exchange, is_once
 def own_keys(state: Any, axes: tuple[str, ...]) -> Any:
     """The state with this worker's own keys where noise stands before an exchange.
 
-    What follows one must be the same on all workers, and so must its keys.
+    What follows one must be the same on all workers, and so must its keys. In ``optax.named_chain``
+    noise counts as standing before.
     """
     return _walk(state, axes, before=False)
 
@@ -32,8 +33,12 @@ def _walk(node: Any, axes: tuple[str, ...], before: bool) -> Any:
         return node._replace(rng_key=mine)
     if is_exchange(node) or is_once(node) or not isinstance(node, tuple | list | dict):
         return node
-    if isinstance(node, dict):  # groups of leaves, side by side
-        return {name: _walk(child, axes, before) for name, child in node.items()}
+    if isinstance(node, optax.transforms.PartitionState):  # groups of leaves, side by side
+        groups = node.inner_states.items()
+        return node._replace(inner_states={k: _walk(x, axes, before) for k, x in groups})
+    if isinstance(node, dict):  # optax.named_chain, whose order JAX does not keep: it sorts names
+        follows = before or bool(exchanges(node))
+        return {name: _walk(child, axes, follows) for name, child in node.items()}
     holds = [bool(exchanges(child)) for child in node]
     chain = not hasattr(node, "_fields")
     parts = []

@@ -37,7 +37,8 @@ def worker_mesh(
     wanted = max(2, len(devices)) if n is None else n
     if not 1 <= wanted <= len(devices):
         raise ValueError(
-            f"`n` must lie in [1, {len(devices)}] (the devices there are); got {wanted}. On CPU, "
+            f"`n` must lie in [1, {len(devices)}] (the devices there are); got "
+            f"{'None, which asks for at least 2' if n is None else n}. On CPU, "
             f"jax.config.update('jax_num_cpu_devices', {max(wanted, 2)}) before anything else runs "
             "makes that many; n=1 asks for one worker."
         )
@@ -70,6 +71,7 @@ def local_value_and_grad(
     value_and_grad = jax.value_and_grad(fun, has_aux=has_aux)
 
     def own(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        params = jax.tree.map(jnp.asarray, params)  # a number of Python's has a gradient too
         return value_and_grad(local(params, axis_name), *args, **kwargs)
 
     return own
@@ -84,7 +86,7 @@ def local(params: Any, axis_name: AxisName = "data") -> Any:
     ``check_vma=False`` it changes nothing.
 
     Args:
-      params: a tree of arrays; what is no array is left as it is.
+      params: a tree of arrays; what is no array, such as a number of Python's, is left as it is.
       axis_name: the axis, or axes, that gradients must not be summed over.
 
     Examples:
@@ -94,7 +96,7 @@ def local(params: Any, axis_name: AxisName = "data") -> Any:
       >>> print(jax.vmap(worker, axis_name="data")(jnp.array([1.0, 2.0])))
       [1. 2.]
     """
-    is_array = lambda x: isinstance(x, jax.Array | np.ndarray)  # noqa: E731
+    is_array = lambda x: isinstance(x, jax.Array | np.ndarray | np.generic)  # noqa: E731
     return jax.tree.map(lambda x: wire.vary(x, axis_name) if is_array(x) else x, params)
 
 

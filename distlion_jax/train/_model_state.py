@@ -21,7 +21,7 @@ def agree(new: Any, old: Any, entered: Array, axes: tuple[str, ...]) -> Any:
     """The mean over the workers that took part; the old one where nobody did.
 
     Floats are averaged in float32 at least. Integers and bools, such as counters, become the
-    largest of any worker. Random keys become worker 0's.
+    largest of any worker. Typed random keys become worker 0's.
 
     Args:
       new: this worker's.

@@ -1,10 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What JAX's own errors mean in a step of ours: a sentence that leads on, added to them."""
+"""What JAX's own errors mean in a step of ours: a sentence that leads on, added to them.
+
+Warnings too: they point at the line of the user's that called the step.
+"""
 
 import contextlib
+import pathlib
+import sys
+import warnings
 from collections.abc import Iterator
 
+import jax
 from jax import lax
+
+_INSIDE = (  # frames that are not the user's
+    str(pathlib.Path(__file__).parents[1]),
+    str(pathlib.Path(jax.__file__).parent),
+    contextlib.__file__,
+)
 
 _MARK = "jax.lax.pcast(x, axis_name, to='varying')" if hasattr(lax, "pcast") else "jax.lax.pvary"
 
@@ -22,6 +35,9 @@ NOTES = {
         "roles = distlion_jax.Roles(shared=(...,)); freeze leaves with distributed_lion_by_label; "
         "or pass check_vma=False, with which the step compares the replicas' bits instead."
     ),
+    "missing 1 required positional argument": (
+        "distlion_jax: a loss function that takes a random key gets it from step(..., rng=key)."
+    ),
     "carry input and carry output": _LOOP,
     "body_fun output and input": _LOOP,
     "branches must have equal output types": (
@@ -31,6 +47,14 @@ NOTES = {
         f"{_MARK}. Or pass check_vma=False, with which the step compares the replicas' bits."
     ),
 }
+
+
+def warn(message: str) -> None:
+    """A warning at the nearest line that is not of this package or of JAX."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 @contextlib.contextmanager

@@ -47,7 +47,6 @@ class Placement:
     mesh: Mesh
     vote_axes: AxisName  # a state for each of their workers
     inner_axes: tuple[str, ...] = ()  # what a worker's own devices lie on: they share its state
-    params: Any = REPLICATED  # PartitionSpec of the parameters, or a tree of them
 
     def __post_init__(self) -> None:
         missing = [name for name in wire.axes(self.vote_axes) if name not in self.mesh.shape]

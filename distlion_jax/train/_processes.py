@@ -11,24 +11,28 @@ own coordination service, and those that wait longer than a moment look there.
 
 import atexit
 import contextlib
+import functools
 import itertools
 import json
 import sys
 import threading
 import time
-import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 
 from distlion_jax.cluster import coordinator
+from distlion_jax.train._notes import warn
 
-_steps = itertools.count()  # in the order in which they are made, which is that of the program
+_steps = itertools.count()  # of steps, by their first calls, which all processes make in one order
 _LOOK_EVERY = 5.0  # seconds; shorter steps cost the coordinator nothing
 _GRACE = 5.0  # seconds that a step may still take after another process has said that it will stop
 _BEAT_EVERY = 5.0  # seconds between signs of life
-_SILENCE = 30.0  # seconds without one, after which a process is taken for dead
+# Seconds without one, after which a process is taken for dead. Python code that never lets another
+# thread run, such as the unpickling of a large object, is silent too; JAX itself waits for 100 s.
+_SILENCE = 60.0
 _PATIENCE = 60.0  # seconds of waiting, after which a word is said
 
 
@@ -54,7 +58,7 @@ def spans_processes(devices: Iterable[Any]) -> bool:
 class Word(NamedTuple):
     """What a process has said."""
 
-    kind: str  # "raised", "ended", "alive", or "new" and the number of the call
+    kind: str  # "raised", "ended", "alive", or "new" with the number of the call
     process: int
     call: int  # the calls of the step that it had begun
     what: str
@@ -65,13 +69,14 @@ class Watch:
 
     Args:
       call: the number of the call.
-      new: whether this process begins anew in it, see :meth:`Company.agree`.
+      new: the last call in which this process began anew, see :meth:`Company.agree`.
       told: what all others have said so far.
       began: when the wait began, in seconds.
     """
 
-    def __init__(self, call: int, new: bool, told: Callable[[], list[Word]], began: float) -> None:
+    def __init__(self, call: int, new: int, told: Callable[[], list[Word]], began: float) -> None:
         self.call, self.new, self.told, self.began = call, new, told, began
+        self.me = f"process {jax.process_index()}"
         self.reason, self.since = "", 0.0
         self.beats: dict[int, tuple[str, float]] = {}
         self.warned = False
@@ -82,8 +87,8 @@ class Watch:
         ``now`` is in seconds, on the clock of ``began``.
         """
         words = self.told()
-        if not self.reason:
-            self.reason, self.since = self._reason(words), now
+        if (reason := self._reason(words)) != self.reason:  # none, where one that raised goes on
+            self.reason, self.since = reason, now
         if self.reason and now - self.since >= _GRACE:
             raise RuntimeError(self.reason)
         for word in (w for w in words if w.kind == "alive"):
@@ -93,40 +98,62 @@ class Watch:
             elif now - since >= _SILENCE:
                 raise RuntimeError(
                     f"process {word.process} has given no sign of life for {now - since:.0f} s, "
-                    f"and this process waits for it in call {self.call} of the step. See its log: "
-                    "it was killed, or ended without saying so."
+                    f"and {self.me} waits for it in call {self.call} of the step. It was killed, "
+                    "or has dropped its step: see its log."
                 )
         behind = sorted({w.process for w in words if w.kind == "alive" and w.call < self.call})
         if behind and now - self.began >= _PATIENCE and not self.warned:
             self.warned = True
-            warnings.warn(
+            warn(
                 f"waiting for {now - self.began:.0f} s in call {self.call} of the step for "
                 f"processes {behind}, which have not begun it. All processes must call the step as "
-                "often as each other.",
-                stacklevel=6,
+                "often as each other."
             )
 
     def _reason(self, words: list[Word]) -> str:
-        for word in words:
+        for word in sorted(words, key=lambda word: word.kind != "raised"):  # it ended by that
             if word.kind == "raised" and word.what and word.call <= self.call:
                 return (
-                    f"process {word.process} raised in call {word.call} of the step, and this "
-                    f"process waits in call {self.call}: {word.what}"
+                    f"process {word.process} raised in call {word.call} of the step, and "
+                    f"{self.me} waits in call {self.call}: {word.what}"
                 )
             if word.kind == "ended" and word.call < self.call:
                 return (
-                    f"process {word.process} ended after {word.call} calls of the step, and this "
-                    f"process waits in call {self.call}. "
+                    f"process {word.process} ended after {word.call} calls of the step, and "
+                    f"{self.me} waits in call {self.call}. "
                     + (word.what or "Give all processes the same number of batches.")
                 )
-            if word.kind == f"new{self.call}" and not self.new:
+            if word.kind.startswith("new") and self.new < word.call <= self.call:
                 return (
                     f"process {word.process} was given other shapes, or a state (or parameters) "
-                    f"that the step had not returned, in call {self.call}; this process was not. "
+                    f"that the step had not returned, in call {word.call}; {self.me} was not. "
                     "All processes pass the same shapes (drop the last, short batch on all of "
                     "them), and set or restore a state together."
                 )
         return ""
+
+
+_companies: weakref.WeakSet["Company"] = weakref.WeakSet()  # of the steps that were called
+
+
+@functools.cache
+def _give_signs_of_life() -> None:
+    """Of this process, for all its steps, until it ends."""
+
+    def beat() -> None:
+        for number in itertools.count():
+            for company in list(_companies):
+                company.tell("alive", str(number))
+            time.sleep(_BEAT_EVERY)
+
+    def end() -> None:
+        error = getattr(sys, "last_value", None)
+        reason = "" if error is None else f"It raised {type(error).__name__}: {error}"
+        for company in list(_companies):
+            company.tell("ended", reason)
+
+    atexit.register(end)
+    threading.Thread(target=beat, daemon=True).start()
 
 
 class Company:
@@ -144,7 +171,10 @@ class Company:
         self._me = jax.process_index()
         self._others = here - {self._me}
         self._prefix = ""
-        self._new = self._raised = False
+        self._new = 0  # the last call in which this process began anew
+        self._news: list[str] = []  # what it said then, of the last two
+        self._raised = False
+        self.counts = False  # whether all have made this call, were it to raise
         if self._me not in here:
             raise ValueError(
                 f"`mesh` (or `devices`) holds no device of this process, {self._me} of "
@@ -152,14 +182,14 @@ class Company:
                 "processes, as worker_mesh() does."
             )
         if jax.process_count() > 1 and not self.several:
-            warnings.warn(
+            warn(
                 f"this step is of process {self._me} alone, of {jax.process_count()}: its devices "
                 "are all here, and it trains apart from the others. worker_mesh(), and pmap over "
-                "jax.devices(), span all processes.",
-                stacklevel=5,
+                "jax.devices(), span all processes."
             )
 
-    def _tell(self, kind: str, what: str) -> None:
+    def tell(self, kind: str, what: str) -> None:
+        """Leaves word of one kind for the other processes; the last one counts."""
         store = coordinator()
         if store is not None:
             word = json.dumps([self._me, self.calls, what])
@@ -176,36 +206,29 @@ class Company:
         heard = [Word(kind, *json.loads(word)) for kind, word in kinds]
         return [word for word in heard if word.process in self._others]
 
-    def _beat(self) -> None:
-        for number in itertools.count():
-            self._tell("alive", str(number))
-            time.sleep(_BEAT_EVERY)
-
-    def _end(self) -> None:
-        error = getattr(sys, "last_value", None)
-        self._tell("ended", "" if error is None else f"It raised {type(error).__name__}: {error}")
-
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:
         """One call of the step; the others are told if it raises."""
         if not self.several:
             yield
             return
-        if not self._prefix:  # numbered by their first calls, which are the same in all processes
+        if not self._prefix:
             self._prefix = f"distlion_jax/step{next(_steps)}/"
-            atexit.register(self._end)
-            threading.Thread(target=self._beat, daemon=True).start()
+            _companies.add(self)
+            _give_signs_of_life()
         self.calls += 1
-        self._new = False
+        self.counts = False
+        if self._raised:  # it goes on
+            self._raised = False
+            self.tell("raised", "")
         try:
             yield
         except BaseException as error:
             self._raised = True
-            self._tell("raised", f"{type(error).__name__}: {error}"[:500])
+            self.tell("raised", f"{type(error).__name__}: {error}"[:500])
+            if not self.counts:  # it may be tried again: the others still wait in this call
+                self.calls -= 1
             raise
-        if self._raised:  # it went on
-            self._raised = False
-            self._tell("raised", "")
 
     def agree(self, card: dict[str, str]) -> None:
         """Raises unless all processes begin anew in this call, with the same card.
@@ -213,10 +236,22 @@ class Company:
         Args:
           card: what must be the same in all processes, by name, in few words.
         """
-        self._new = True
-        mine = f"new{self.calls}"
-        self._tell(mine, json.dumps(card))
-        watch = Watch(self.calls, True, self._told, time.monotonic())
+        store = coordinator()
+        if store is None:
+            warn(
+                "this JAX has no key-value store of its processes, so what they are about to run "
+                "is not compared. Start them with jax.distributed.initialize or distlion_jax.join."
+            )
+            return
+        self._new, mine = self.calls, f"new{self.calls}"
+        self.tell(mine, json.dumps(card))
+        # Who reads may be one such call behind, never two: it has to speak before this one goes on.
+        self._news = [*(kind for kind in self._news if kind != mine), mine]
+        for kind in self._news[:-2]:
+            with contextlib.suppress(Exception):
+                store.key_value_delete(f"{self._prefix}{kind}/{self._me}")
+        self._news = self._news[-2:]
+        watch = Watch(self.calls, self._new, self._told, time.monotonic())
         pause, looked = 0.01, time.monotonic()
         while True:
             cards = {
@@ -225,6 +260,7 @@ class Company:
             for process, other in sorted(cards.items()):
                 for name in sorted({*card, *other}):
                     if card.get(name) != other.get(name):
+                        self.counts = True  # all see it
                         raise ValueError(
                             f"{name} differs between process {process} and this one, "
                             f"{self._me}, in call {self.calls} of the step ({other.get(name)} "

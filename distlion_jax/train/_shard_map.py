@@ -43,7 +43,7 @@ def make_train_step(
 
     Args:
       loss_fn: ``loss_fn(params, batch)`` to the mean loss over this worker's batch, or to
-        ``(loss, aux)`` with ``has_aux``. Where steps are given a key, it is the third argument.
+        ``(loss, aux)`` with ``has_aux``. Where steps are given a key, it is the last argument.
       tx: a transformation built for the same ``axis_name``.
       mesh: the mesh, of Auto or Explicit axes; those beside ``axis_name``, if any, must be
         ``mean_axis_name``.
@@ -75,11 +75,12 @@ def make_train_step(
       ``has_model_state`` it is ``step(params, model_state, state, batch)``, and returns the model's
       state in second place. The batch's leading axis is split over the workers; in several
       processes, make it with :func:`distlion_jax.make_global_batch`. ``rng`` is a key, folded with
-      the worker's index. Each ``extra`` argument (``participating``, ``weight``) is an array of
-      shape [n], one entry a worker. ``value``, the workers' mean loss, is handed to ``tx`` in every
-      step; one that you pass takes its place. ``metrics`` is :class:`distlion_jax.Metrics`.
+      the worker's index. ``participating`` and ``weight`` are arrays of shape [n], one entry a
+      worker. Other ``extra`` arguments may also be one number for all. ``value``, the workers' mean
+      loss, is handed to ``tx`` in every step; one that you pass takes its place, averaged.
+      ``metrics`` is :class:`distlion_jax.Metrics`.
       ``step.lower(...)`` takes the same arguments, as a jitted function's. On virtual CPU devices
-      the step is waited for. In several processes it is too; on accelerators the one before it is.
+      the step is waited for. In several processes too; on accelerators, the call before it.
 
     Raises:
       ValueError: for an axis that the mesh lacks. From the step: for arguments that do not fit; for
@@ -130,7 +131,7 @@ def make_train_step(
     def run(unseen: bool, *args: Any, rng: Any = None, **extra: Any) -> tuple[Any, ...]:
         params, model_state, state, batch = driver.split(args)
         by_state = place.state(state) if stacked else P()
-        in_specs = place.params, P(), by_state, place.batch, P(), place.by_worker
+        in_specs = P(), P(), by_state, place.batch, P(), place.by_worker
         whole = params, model_state, state, batch, rng, extra
         if AxisType.Explicit in mesh.axis_types:  # there, shard_map moves nothing by itself
             whole = jax.sharding.reshard(whole, place.shardings(in_specs))
@@ -138,7 +139,7 @@ def make_train_step(
             functools.partial(mapped, unseen),
             mesh=mesh,
             in_specs=in_specs,
-            out_specs=(place.params, P(), by_state, P()),
+            out_specs=(P(), P(), by_state, P()),
             check_vma=check_vma,
         )
         return driver.join(sharded(*whole))
@@ -171,7 +172,7 @@ def make_train_step(
         if driver.place.watched and stacked:
             check_declared(state)
         with leading_on():
-            driver.check(args, rng, extra)
+            args, rng, extra = driver.check(args, rng, extra)
             return jitted.lower(True, *args, **given(rng, extra))
 
     step.lower = lower  # type: ignore[attr-defined]

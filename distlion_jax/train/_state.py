@@ -126,7 +126,7 @@ def init_state(
     place = Placement(mesh, axis_name)
 
     def spread(node: Any) -> Any:
-        return node if is_once(node) else jnp.broadcast_to(node, (place.workers, *node.shape))
+        return node if is_once(node) else jnp.broadcast_to(node, (place.workers, *jnp.shape(node)))
 
     def make(params: Any) -> Any:
         return jax.tree.map(spread, tx.init(params), is_leaf=is_once)

@@ -10,7 +10,6 @@ of the exchanges (:mod:`distlion_jax._vote.stamp`) show it.
 """
 
 import itertools
-import warnings
 import zlib
 from typing import Any
 
@@ -22,6 +21,7 @@ from jax.core import Tracer
 
 from distlion_jax._vote.wire import is_key
 from distlion_jax.exchanges import declares, exchanges, is_once, roles_of
+from distlion_jax.train._notes import warn
 
 CURE = (
     "Save and restore the whole state, its leading worker axis included. For another number of "
@@ -97,7 +97,7 @@ def check_whole(state: Any, sizes: tuple[int, ...], passed: tuple[int, ...] | No
         complaint = f"`state` was torn: {what}. {CURE}"
         by_hand = isinstance(stamp, np.ndarray) and used.all() and len(before) == 1
         if by_hand and before != [n] and kept == min(n, before[0]):
-            warnings.warn(complaint, stacklevel=4)
+            warn(complaint)
         else:
             raise ValueError(complaint)
 

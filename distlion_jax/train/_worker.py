@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The step of one worker, whatever maps it: gradient, update, figures."""
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +27,7 @@ from distlion_jax.train._extra import KNOWN, VOTES_TAKE, check_heard, check_read
 from distlion_jax.train._gradient import value_and_gradient
 from distlion_jax.train._keys import own_keys
 from distlion_jax.train._metrics import average, took_part
+from distlion_jax.train._notes import warn
 
 
 def worker_step(
@@ -87,11 +87,10 @@ def worker_step(
     ) -> tuple[Any, ...]:  # fmt: skip
         check_unconditional(state)
         if sends_too_often(state):
-            warnings.warn(
+            warn(
                 "`tx` holds a vote or an average in an optax.MultiSteps inside another "
                 "transformation: it is exchanged in every micro-step, and most of it thrown away. "
-                "Use distlion_jax.accumulate_gradients there, or microbatches=k in the step.",
-                stacklevel=2,
+                "Use distlion_jax.accumulate_gradients there, or microbatches=k in the step."
             )
         key = None if rng is None else jax.random.fold_in(rng, wire.worker(axes))
         loss, seen, aux, grads = gradient(params, model_state, batch, key)
