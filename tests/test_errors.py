@@ -501,8 +501,8 @@ CASES = {
     "`mesh` has axes ['model'] beside `axis_name` 'data' and `mean_axis_name` None": idle_axis,
     "`n` must lie in [1, 8] ... got 9. ... ('jax_num_cpu_devices', 9)": lambda: dl.worker_mesh(9),
     "`n` must lie in [1, 8] ... got 0.": lambda: dl.worker_mesh(0),
-    "`n` must lie in [1, 1] ... got None, which asks for at least 2. ... n=1 asks for one worker": lambda: (
-        dl.worker_mesh(devices=jax.devices()[:1])
+    "`n` must lie in [1, 1] ... got None, ... n=1 asks for one worker": lambda: dl.worker_mesh(
+        devices=jax.devices()[:1]
     ),
     # Gradients, states and batches
     "`updates['b']` is the same on all workers of axis 'data' (2 of 2 leaves are) ... "
