@@ -170,6 +170,17 @@ def tries_again():
     } | mine(params)
 
 
+def no_batch():
+    """The last process ends before its first call, because it has no data."""
+    mesh, tx = dl.worker_mesh(), dl.distributed_lion(0.1)
+    step = dl.make_train_step(loss, tx, mesh)
+    params, state = dl.replicate(PARAMS, mesh), dl.init_state(tx, PARAMS, mesh)
+    if jax.process_index() == jax.process_count() - 1:
+        return {"said": np.asarray("nothing")}
+    batch = dl.make_global_batch(my_rows(0), mesh)
+    return {"said": np.asarray(said(lambda: step(params, state, batch)))}
+
+
 def fewer_batches():
     """The last process has one batch fewer, and its program ends."""
     last = jax.process_index() == jax.process_count() - 1

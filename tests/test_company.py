@@ -152,10 +152,11 @@ def test_a_process_that_raised_may_try_again(shape, tmp_path):
         assert results["['w']"].tobytes() == last["['w']"].tobytes()
 
 
-def test_the_others_are_told_of_a_process_that_ends(shape, tmp_path):
-    *others, last = run(tmp_path, "fewer_batches", *shape)
+@pytest.mark.parametrize(("situation", "calls"), [("no_batch", 0), ("fewer_batches", 1)])
+def test_the_others_are_told_of_a_process_that_ends(situation, calls, shape, tmp_path):
+    *others, last = run(tmp_path, situation, *shape)
     assert str(last["said"]) == "nothing"
     for results in others:
         said = str(results["said"])
-        assert f"process {shape[0] - 1} ended after 1 calls of the step" in said, said
+        assert f"process {shape[0] - 1} ended after {calls} calls of the step" in said, said
         assert "the same number of batches" in said

@@ -133,6 +133,25 @@ class Watch:
         return ""
 
 
+_ENDED = "distlion_jax/ended/"  # where a process says that it ends, of whatever step
+
+
+def _say(place: str, word: list[Any]) -> None:
+    store = coordinator()
+    if store is not None:
+        with contextlib.suppress(Exception):  # the service may be gone: nobody waits then
+            store.key_value_set(f"{place}{word[0]}", json.dumps(word), True)
+
+
+def _heard(place: str) -> list[tuple[str, str]]:
+    """Keys under a place, and what they hold."""
+    store = coordinator()
+    if store is not None:
+        with contextlib.suppress(Exception):
+            return store.key_value_dir_get(place)
+    return []
+
+
 _companies: weakref.WeakSet["Company"] = weakref.WeakSet()  # of the steps that were called
 
 
@@ -151,6 +170,7 @@ def _give_signs_of_life() -> None:
         reason = "" if error is None else f"It raised {type(error).__name__}: {error}"
         for company in list(_companies):
             company.tell("ended", reason)
+        _say(_ENDED, [jax.process_index(), 0, reason])  # to those whose step it never called
 
     atexit.register(end)
     threading.Thread(target=beat, daemon=True).start()
@@ -181,6 +201,8 @@ class Company:
                 f"{jax.process_count()}: it would take no part, in silence. Use the devices of all "
                 "processes, as worker_mesh() does."
             )
+        if self.several:
+            _give_signs_of_life()
         if jax.process_count() > 1 and not self.several:
             warn(
                 f"this step is of process {self._me} alone, of {jax.process_count()}: its devices "
@@ -190,20 +212,15 @@ class Company:
 
     def tell(self, kind: str, what: str) -> None:
         """Leaves word of one kind for the other processes; the last one counts."""
-        store = coordinator()
-        if store is not None:
-            word = json.dumps([self._me, self.calls, what])
-            with contextlib.suppress(Exception):  # the service may be gone: nobody waits then
-                store.key_value_set(f"{self._prefix}{kind}/{self._me}", word, True)
+        _say(f"{self._prefix}{kind}/", [self._me, self.calls, what])
 
     def _told(self) -> list[Word]:
-        store = coordinator()
-        words: Any = []
-        if store is not None:
-            with contextlib.suppress(Exception):
-                words = store.key_value_dir_get(self._prefix)
+        words = _heard(self._prefix)
         kinds = ((key.removeprefix(self._prefix).split("/")[0], word) for key, word in words)
         heard = [Word(kind, *json.loads(word)) for kind, word in kinds]
+        ended = {word.process for word in heard if word.kind == "ended"}
+        last = [Word("ended", *json.loads(word)) for _, word in _heard(_ENDED)]
+        heard += [word for word in last if word.process not in ended]
         return [word for word in heard if word.process in self._others]
 
     @contextlib.contextmanager
@@ -215,7 +232,6 @@ class Company:
         if not self._prefix:
             self._prefix = f"distlion_jax/step{next(_steps)}/"
             _companies.add(self)
-            _give_signs_of_life()
         self.calls += 1
         self.counts = False
         if self._raised:  # it goes on
