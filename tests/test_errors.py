@@ -606,6 +606,9 @@ CASES = {
         loss=with_aux
     ),
     "`loss_fn` must return (loss, aux), for has_aux=True; got () in shapes": edge(has_aux=True),
+    "`loss_fn` must return (loss, aux), for ... Figures are real": edge(
+        loss=lambda p, x: (loss(p, x), {"phase": 1.0 + 2.0j}), has_aux=True
+    ),
     "`loss_fn` must return (loss, (model_state, aux)) ... Return the model's state before aux": (
         edge(loss=lambda p, s, x: (loss(p, x), s), model_state=jnp.zeros(1), has_aux=True)
     ),

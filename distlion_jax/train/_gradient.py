@@ -40,6 +40,8 @@ def _parts(out: Any, model_state: Any, has_aux: bool, has_model_state: bool) -> 
             model_state = rest
     else:
         loss = out
+    if any(jnp.iscomplexobj(x) for x in jax.tree.leaves(aux)):
+        raise ValueError(complaint + "Figures are real: return real and imaginary part apart.")
     if (
         jax.tree.structure(loss).num_nodes > 1
         or jnp.shape(loss)
