@@ -76,6 +76,21 @@ def test_one_that_began_anew_in_an_earlier_call_waits_for_an_answer():
         watch.look(10.0)
 
 
+@pytest.mark.parametrize("why", ["raised", "ended"])
+def test_the_first_cause_is_named(why):
+    """Process 1 was told of process 2, and raised; it is not the one to look at."""
+    waited = f"RuntimeError: process 2 {why} in call 3 of the step, and process 1 waits in call 3"
+    words = [
+        Word("ended", 1, 2, ""),
+        Word("raised", 1, 3, waited),
+        Word(why, 2, 2, "ValueError: x"),
+    ]
+    watch = Watch(3, 1, lambda: words, 0.0)
+    watch.look(5.0)
+    with pytest.raises(RuntimeError, match=f"^process 2 {why} .*ValueError: x"):
+        watch.look(10.0)
+
+
 def test_one_that_goes_on_after_raising_is_no_reason():
     words = [Word("raised", 1, 3, "ValueError: x")]
     watch = Watch(3, 1, lambda: words, 0.0)

@@ -33,6 +33,7 @@ _BEAT_EVERY = 5.0  # seconds between signs of life
 # Seconds without one, after which a process is taken for dead. Python code that never lets another
 # thread run, such as the unpickling of a large object, is silent too; JAX itself waits for 100 s.
 _SILENCE = 60.0
+_WAITED = " of the step, and "  # in what a process raises because another one will not come
 _PATIENCE = 60.0  # seconds of waiting, after which a word is said
 
 
@@ -111,15 +112,17 @@ class Watch:
             )
 
     def _reason(self, words: list[Word]) -> str:
-        for word in sorted(words, key=lambda word: word.kind != "raised"):  # it ended by that
+        # Last who raised because of another one; and what one raised before that it ended by it.
+        told = {word.process for word in words if word.kind == "raised" and _WAITED in word.what}
+        for word in sorted(words, key=lambda word: (word.process in told, word.kind != "raised")):
             if word.kind == "raised" and word.what and word.call <= self.call:
                 return (
-                    f"process {word.process} raised in call {word.call} of the step, and "
+                    f"process {word.process} raised in call {word.call}{_WAITED}"
                     f"{self.me} waits in call {self.call}: {word.what}"
                 )
             if word.kind == "ended" and word.call < self.call:
                 return (
-                    f"process {word.process} ended after {word.call} calls of the step, and "
+                    f"process {word.process} ended after {word.call} calls{_WAITED}"
                     f"{self.me} waits in call {self.call}. "
                     + (word.what or "Give all processes the same number of batches.")
                 )
