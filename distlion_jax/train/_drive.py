@@ -25,6 +25,7 @@ from distlion_jax.train._notes import leading_on, warn
 from distlion_jax.train._processes import Company
 from distlion_jax.train._state import per_worker
 
+_HELD: list[Any] = []  # arrays of programs that will not end
 MOST_PARTS = 2**16  # micro-batches
 _LOOKS_AT_VALUES = (  # what JAX raises for it under eval_shape
     jax.errors.ConcretizationTypeError,
@@ -259,7 +260,11 @@ class Driver:
                 return out
             self._calls += 1
             scheduled = audit.is_scheduled(self._calls)
-            self._wait(metrics, scheduled)
+            try:
+                self._wait(metrics, scheduled)
+            except RuntimeError:  # before JAX 0.8, to free what a hung program uses hangs too
+                _HELD.append((args, rng, extra, out))
+                raise
             if (self.place.watched or self.company.several) and self.place.workers > 1:
                 declared = self._declared or not self.place.watched
                 if scheduled or not declared:
