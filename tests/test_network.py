@@ -65,7 +65,10 @@ def test_counts_what_the_ledger_predicts_on_a_slow_link(tmp_path):
 @pytest.mark.slow
 @needs_root
 def test_interrupted_it_leaves_nothing_behind(tmp_path):
+    # Tests that a shell runs in the background ignore interrupts, and so would what they start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = start(tmp_path, *SMALL, "--rates", "1gbit", "--rounds", 100_000, "--budget", 1000)
+    signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 60
     while len(links()) < 4 and time.monotonic() < deadline:
         time.sleep(0.1)
