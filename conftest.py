@@ -7,15 +7,17 @@ import tempfile
 import jax
 import pytest
 
-# Tests, their processes and pytest's workers compile a good half of their programs more than once.
+# Many programs are compiled more than once, by tests, their processes and pytest's workers.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     compiled = tempfile.TemporaryDirectory(prefix="distlion-tests-", ignore_cleanup_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-    jax.config.update("jax_compilation_cache_dir", compiled.name)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    cache = {
+        "jax_compilation_cache_dir": compiled.name,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in cache.items():
+        jax.config.update(name, value)  # here
+        os.environ[name.upper()] = str(value)  # and in the processes that are started
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 # Tests compile hundreds of small programs; the examples and the multi-process tests, which run in

@@ -211,10 +211,9 @@ def _placed(state: Any, specs: Any, mesh: Mesh) -> Any:
     def put(spec: P, part: Any) -> Any:
         sharding = NamedSharding(mesh, spec)
 
+        @_of_keys_too
         def place(x: Any) -> jax.Array:
-            if is_key(x):
-                data = place(np.asarray(jax.random.key_data(x)))
-                return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+            x = np.asarray(x)
             return jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
 
         return jax.tree.map(place, part)

@@ -106,14 +106,15 @@ def check_places(params: Any, state: Any, batch: Any) -> None:
 
 def check_devices(devices: Collection[Any], **trees: Any) -> None:
     """Raises for an array that was put on other devices than the step's."""
+    wanted = set(devices)
     for name, tree in trees.items():
         for path, x in jax.tree_util.tree_leaves_with_path(tree):
             if not isinstance(x, jax.Array) or isinstance(x, Tracer) or not x.committed:
                 continue
-            if x.sharding.device_set != set(devices):
+            if x.sharding.device_set != wanted:
                 raise ValueError(
                     f"`{name}{jax.tree_util.keystr(path)}` lies on {len(x.sharding.device_set)} "
-                    f"devices, and the step runs on {len(devices)}, not the same ones. "
+                    f"devices, and the step runs on {len(wanted)}, not the same ones. "
                     "replicate(params, mesh) and resize_state(state, mesh) put them there."
                 )
 

@@ -25,7 +25,6 @@ from distlion_jax.train._notes import leading_on, warn
 from distlion_jax.train._processes import Company
 from distlion_jax.train._state import per_worker
 
-_HELD: list[Any] = []  # arrays of programs that will not end
 MOST_PARTS = 2**16  # micro-batches
 _LOOKS_AT_VALUES = (  # what JAX raises for it under eval_shape
     jax.errors.ConcretizationTypeError,
@@ -149,8 +148,9 @@ class Driver:
         if new:
             state = self._of_tx(params, state)
             if place.mine is None:
-                placed = {"params": params, "model_state": model_state, "state": state}
-                checks.check_devices(place.devices, **placed)
+                checks.check_devices(
+                    place.devices, params=params, model_state=model_state, state=state
+                )
             self._declared = not place.stacked or bool(exchanges(state))
         kept = params, model_state, state
         traced = checks.is_traced((batch, rng, extra, kept if new else ()))
@@ -260,11 +260,7 @@ class Driver:
                 return out
             self._calls += 1
             scheduled = audit.is_scheduled(self._calls)
-            try:
-                self._wait(metrics, scheduled)
-            except RuntimeError:  # before JAX 0.8, to free what a hung program uses hangs too
-                _HELD.append((args, rng, extra, out))
-                raise
+            self._wait(metrics, scheduled, (args, rng, extra, out))
             if (self.place.watched or self.company.several) and self.place.workers > 1:
                 declared = self._declared or not self.place.watched
                 if scheduled or not declared:
@@ -289,17 +285,18 @@ class Driver:
         place = self.place
         return args, rng, _extra.by_worker(extra, place.workers, place.entries, place.stacked)
 
-    def _wait(self, metrics: Metrics, now: bool) -> None:
+    def _wait(self, metrics: Metrics, now: bool, uses: Any) -> None:
         """Waits with an ear for the other processes: for this call, or for the one before it.
 
         Args:
           metrics: the figures of this call.
           now: whether something is about to look at its results.
+          uses: all arrays of its program.
         """
         if not (self._at_once or now):
             metrics, self._pending = self._pending, metrics if self.company.several else None
         if self.company.several:
-            self.company.wait(metrics)
+            self.company.wait(metrics, uses)
         elif self._at_once:
             jax.block_until_ready(metrics)
 

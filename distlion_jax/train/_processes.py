@@ -155,6 +155,7 @@ def _heard(place: str) -> list[tuple[str, str]]:
     return []
 
 
+_stuck: list[Any] = []  # arrays of programs that will not end
 _companies: weakref.WeakSet["Company"] = weakref.WeakSet()  # of the steps that were called
 
 
@@ -194,8 +195,7 @@ class Company:
         self._me = jax.process_index()
         self._others = here - {self._me}
         self._prefix = ""
-        self._new = 0  # the last call in which this process began anew
-        self._news: list[str] = []  # what it said then, of the last two
+        self._new = self._before = 0  # the last calls in which this process began anew
         self._raised = False
         self.counts = False  # whether all have made this call, were it to raise
         if self._me not in here:
@@ -206,7 +206,7 @@ class Company:
             )
         if self.several:
             _give_signs_of_life()
-        if jax.process_count() > 1 and not self.several:
+        elif jax.process_count() > 1:
             warn(
                 f"this step is of process {self._me} alone, of {jax.process_count()}: its devices "
                 "are all here, and it trains apart from the others. worker_mesh(), and pmap over "
@@ -262,14 +262,13 @@ class Company:
                 "is not compared. Start them with jax.distributed.initialize or distlion_jax.join."
             )
             return
-        self._new, mine = self.calls, f"new{self.calls}"
-        self.tell(mine, json.dumps(card))
-        # Who reads may be one such call behind, never two: it has to speak before this one goes on.
-        self._news = [*(kind for kind in self._news if kind != mine), mine]
-        for kind in self._news[:-2]:
+        if self._new != self.calls:
+            # Who reads may be one such call behind, never two: it had to speak in the last one.
             with contextlib.suppress(Exception):
-                store.key_value_delete(f"{self._prefix}{kind}/{self._me}")
-        self._news = self._news[-2:]
+                store.key_value_delete(f"{self._prefix}new{self._before}/{self._me}")
+            self._before, self._new = self._new, self.calls
+        mine = f"new{self.calls}"
+        self.tell(mine, json.dumps(card))
         watch = Watch(self.calls, self._new, self._told, time.monotonic())
         pause, looked = 0.01, time.monotonic()
         while True:
@@ -293,8 +292,14 @@ class Company:
                 looked = time.monotonic()
                 watch.look(looked)
 
-    def wait(self, arrays: Any) -> None:
-        """Waits for arrays; raises a ``RuntimeError`` where another process will not come."""
+    def wait(self, arrays: Any, uses: Any) -> None:
+        """Waits for arrays; raises a ``RuntimeError`` where another process will not come.
+
+        Args:
+          arrays: of a program that was started.
+          uses: all arrays of that program. If it will not end, they are held for good: before JAX
+            0.8, to free them would wait for it.
+        """
         failed: list[BaseException] = []
 
         def block() -> None:
@@ -309,6 +314,10 @@ class Company:
         while waiting.is_alive():
             waiting.join(_LOOK_EVERY)
             if waiting.is_alive():
-                watch.look(time.monotonic())
+                try:
+                    watch.look(time.monotonic())
+                except RuntimeError:
+                    _stuck.append(uses)
+                    raise
         if failed:
             raise failed[0]
