@@ -23,6 +23,7 @@ Found = dict[tuple[str, int], dict[int, Row]]  # by method and workers, then by 
 
 # The methods of quality/methods.py, in the order of the tables, and their groups: a hue each.
 GROUPS: dict[str, str] = {
+    "D-Muon majority": "orthogonal",
     "D-Lion majority": "vote",
     "D-Lion average": "vote",
     "D-SIGNUM majority": "vote",
@@ -30,6 +31,7 @@ GROUPS: dict[str, str] = {
     "signSGD majority": "vote",
     "Lion": "full precision",
     "AdamW": "full precision",
+    "Muon": "full precision",
     "SGD momentum": "full precision",
     "EF-signSGD": "compressed",
     "QSGD": "compressed",
@@ -55,6 +57,15 @@ GROUPS: dict[str, str] = {
     "D-Lion majority, sync 16": "vote",
     "D-Lion majority, sync 64": "vote",
     "D-Lion majority, noise 2, sync 16": "vote",
+    "D-Muon majority, coin": "orthogonal",
+    "D-Muon average": "orthogonal",
+    "D-SignMuon majority": "orthogonal",
+    "D-Muon majority, 3 steps": "orthogonal",
+    "D-Muon majority, bfloat16": "orthogonal",
+    "D-Muon majority, period 2": "orthogonal",
+    "D-Muon majority, period 4": "orthogonal",
+    "D-Muon majority, sync 16": "orthogonal",
+    "D-Muon majority, noise 2": "orthogonal",
 }
 
 
@@ -68,10 +79,18 @@ class Job(NamedTuple):
     seed: int
     learning_rate: float
     weight_decay: float
+    betas: tuple[float, ...] | None = None  # None: the method's published ones
 
     def key(self, task: str) -> tuple[Any, ...]:
         """What tells it from others in the file."""
-        return (task, *self[:5], f"{self.learning_rate:.6g}", f"{self.weight_decay:.6g}")
+        numbers = self.learning_rate, self.weight_decay, *(self.betas or ())
+        return (task, *self[:5], *(f"{x:.6g}" for x in numbers))
+
+
+def job_of(row: Row) -> Job:
+    """The run that a row is of. Rows without betas are of searches that left them alone."""
+    betas = row.get("betas")
+    return Job(**{name: row[name] for name in Job._fields[:-1]}, betas=betas and tuple(betas))
 
 
 class Results:
@@ -83,7 +102,7 @@ class Results:
 
     @staticmethod
     def _key(row: Row) -> tuple[Any, ...]:
-        return Job(*(row[name] for name in Job._fields)).key(row["task"])
+        return job_of(row).key(row["task"])
 
     def find(self, job: Job, task: str) -> Row | None:
         """The row of a job that was done."""
@@ -157,7 +176,7 @@ def runs(rows: Iterable[Row], task: str, split: str) -> Found:
             out.setdefault((method, n), {})[row["seed"]] = row
             mixed.setdefault(("settings",), set()).add(row["setting"])
             mixed.setdefault(("versions",), set()).add(listed(row["versions"]))
-            rates = f"{row['learning_rate']:.6g}, {row['weight_decay']:.6g}"
+            rates = ", ".join(job_of(row).key(task)[6:])
             mixed.setdefault(("rates of", method), set()).add(rates)
     for what, values in mixed.items():
         if len(values) > 1:
@@ -166,16 +185,24 @@ def runs(rows: Iterable[Row], task: str, split: str) -> Found:
     return out
 
 
+def searched(row: Row) -> dict[str, float]:
+    """What a search chose: rates, and how far the betas stay below 1."""
+    rates = {name: row[name] for name in ("learning_rate", "weight_decay")}
+    betas = row.get("betas") or ()
+    return rates | {f"b{i}": 1 - b for i, b in enumerate(betas, start=1)}
+
+
 def edges(rows: Iterable[Row], task: str, split: str) -> dict[str, set[str]]:
-    """Of each method: which chosen rates are the largest or smallest that its search tried."""
+    """Of each method: which chosen numbers are the largest or smallest that its search tried."""
     rows = [row for row in rows if (row["task"], row["split"]) == (task, split)]
     out: dict[str, set[str]] = {}
     for row in rows:
         if row["kind"] == "run":
-            for name in ("learning_rate", "weight_decay"):
-                tried = [x[name] for x in rows
-                         if x["kind"] == "trial" and x["method"] == row["method"]]  # fmt: skip
-                if tried and not (1 + 1e-5) * min(tried) < row[name] < max(tried) / (1 + 1e-5):
+            trials = [searched(x) for x in rows
+                      if x["kind"] == "trial" and x["method"] == row["method"]]  # fmt: skip
+            for name, chosen in searched(row).items():
+                tried = [trial[name] for trial in trials if name in trial]
+                if tried and not (1 + 1e-5) * min(tried) < chosen < max(tried) / (1 + 1e-5):
                     out.setdefault(row["method"], set()).add(name)
     return out
 

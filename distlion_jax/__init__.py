@@ -5,6 +5,9 @@ Optimizers, Optax transformations of each worker's own gradient:
 
     distributed_lion            Lion by a vote of one bit a parameter; the place to begin
     scale_by_distributed_lion   its direction, without learning rate and weight decay
+    distributed_muon            the same vote on orthogonalised ballots: trains better
+    scale_by_distributed_muon   its direction
+    hidden_matrices             the leaves that it orthogonalises
     distributed_lion_by_label   a policy per parameter: vote, average, full precision, frozen
     average_gradients           the workers' full-precision mean: warm-up, inner axis, baseline
     scale_by_averaged_lion      Lion's direction on that mean, with the vote's state
@@ -81,6 +84,8 @@ from distlion_jax.lion import (
     distributed_lion,
     scale_by_distributed_lion,
 )
+from distlion_jax.matrices import hidden_matrices
+from distlion_jax.muon import distributed_muon, scale_by_distributed_muon
 from distlion_jax.policy import distributed_lion_by_label, wire_cost_by_label
 from distlion_jax.resume import (
     from_lion_state,
@@ -132,11 +137,13 @@ __all__ = [
     "compiled_collectives",
     "distributed_lion",
     "distributed_lion_by_label",
+    "distributed_muon",
     "exchange",
     "forecast_all_reduce",
     "forecast_vote",
     "from_lion_state",
     "full_precision_cost",
+    "hidden_matrices",
     "init_state",
     "join",
     "keep_finite",
@@ -153,6 +160,7 @@ __all__ = [
     "resize_state",
     "scale_by_averaged_lion",
     "scale_by_distributed_lion",
+    "scale_by_distributed_muon",
     "set_hyperparams",
     "stack",
     "state_like",

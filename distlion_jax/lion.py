@@ -64,18 +64,34 @@ class ScaleByDistributedLionState(NamedTuple):
         return cls(jnp.asarray(count), mu, health, stamp.blank())
 
 
+# Makes of a round's number, gradients and momenta (trees alike) the two that a ballot blends.
+Prepare = Callable[[Array, optax.Updates, optax.Updates], tuple[optax.Updates, optax.Updates]]
+
+
+def as_they_are(count: Array, updates: optax.Updates, mu: optax.Updates) -> Any:
+    """Lion's ballot: the sign of the blend itself."""
+    del count
+    return updates, mu
+
+
 def cast(
-    context: Round, updates: optax.Updates, mu: optax.Updates, b1: ArrayLike, b2: ArrayLike
+    context: Round,
+    updates: optax.Updates,
+    state: ScaleByDistributedLionState,
+    b1: ArrayLike,
+    b2: ArrayLike,
+    prepare: Prepare = as_they_are,
 ) -> tuple[Ballot, optax.Updates]:
     """Gradient and momentum -> ballot and new momentum; nothing is sent.
 
     ``delta = sign(b1 mu + (1 - b1) g)``, and ``mu <- b2 mu + (1 - b2) g`` where the worker takes
-    part.
+    part. ``prepare`` replaces what is blended for the ballot, and not what is remembered.
     """
     gradients, treedef = jax.tree.flatten(updates)
-    old = treedef.flatten_up_to(mu)
+    old = treedef.flatten_up_to(state.mu)
     shaped = [m.reshape(g.shape) for g, m in zip(gradients, old, strict=True)]
-    mine = ballot.cast(context, gradients, shaped, b1)
+    g, m = prepare(state.count, updates, treedef.unflatten(shaped))
+    mine = ballot.cast(context, treedef.flatten_up_to(g), treedef.flatten_up_to(m), b1)
     voted = mine.weight > 0
 
     def remember(g: Array, m: Array) -> Array:
@@ -120,14 +136,32 @@ def scale_by_distributed_lion(
       >>> print(jax.vmap(direction, axis_name="data")(gradients)[0])
       [ 1. -1.]
     """
+    mu_dtype = check_momenta(b1, b2, mu_dtype)
     rules = Rules(aggregation, **options)
+    if axis_name is None:
+        return optax.with_extra_args_support(optax.scale_by_lion(b1, b2, mu_dtype))
+    return scale_by_vote(rules, b1, b2, mu_dtype, axis_name)
+
+
+def check_momenta(b1: ArrayLike, b2: ArrayLike, mu_dtype: DTypeLike | None) -> DTypeLike | None:
+    """The momentum's dtype as JAX has it; raises for a bad one, and for bad weights."""
     check_fraction("b1", b1)
     check_fraction("b2", b2)
     if mu_dtype is not None:
         mu_dtype = jax.dtypes.canonicalize_dtype(mu_dtype)
         checks.check_mu_dtype("`mu_dtype`", mu_dtype)
-    if axis_name is None:
-        return optax.with_extra_args_support(optax.scale_by_lion(b1, b2, mu_dtype))
+    return mu_dtype
+
+
+def scale_by_vote(
+    rules: Rules,
+    b1: ArrayLike,
+    b2: ArrayLike,
+    mu_dtype: DTypeLike | None,
+    axis_name: AxisName,
+    prepare: Prepare = as_they_are,
+) -> optax.GradientTransformationExtraArgs:
+    """The direction of a vote on the signs of blends that ``prepare`` has made."""
 
     def init(params: optax.Params) -> Any:
         checks.check_params(params, mu_dtype, b2)
@@ -145,7 +179,7 @@ def scale_by_distributed_lion(
             return turnout.nothing(updates), state
         noise = 0.0 if rules.noise is None else rules.noise
         context = context.only_if(turnout.sane(b1, b2, state.mu, rules.dead_zone, noise))
-        mine, mu = cast(context, updates, state.mu, b1, b2)
+        mine, mu = cast(context, updates, state, b1, b2, prepare)
         decided = transports.run_round(mine, context)
         health = verdict.health_of(decided, context, mine.weight > 0)
         health = wire.vary_tree(health, axis_name)  # as the state is stacked

@@ -8,7 +8,8 @@ tests run both on the same inputs and compare the results with ``==``.
 
 The algorithm is Distributed Lion (Liu et al., NeurIPS 2024, arXiv 2404.00438).  Every worker
 blends its own momentum with its own gradient, votes with the signs of that blend, and all workers
-apply the verdict of the vote to identical parameters.  A tree is a list of arrays ("leaves") of
+apply the verdict of the vote to identical parameters.  With ``hidden`` leaves, the blend of such a
+matrix is first orthogonalised by Newton and Schulz, in float64 here.  A tree is a list of arrays ("leaves") of
 any shape; scalars and empty leaves are allowed.
 """
 
@@ -117,6 +118,28 @@ def _averages(gradients: Sequence[Tree], mu: Sequence[Tree], decay: float) -> li
     """Return the average of every worker's leaves."""
     pairs = [zip(g, m, strict=True) for g, m in zip(gradients, mu, strict=True)]
     return [[_average(g, m, decay) for g, m in mine] for mine in pairs]
+
+
+def newton_schulz(matrix: Array, steps: int = 5) -> Array:
+    """Return ``U S' V^T`` of ``matrix = U S V^T``, with S' near 1; zeros of zeros.
+
+    Singular value by singular value the iteration is ``s <- a s + b s^3 + c s^5``, from
+    ``s / |matrix|_F``.  So it is written here: by an SVD, and without a matrix product.
+    """
+    with np.errstate(all="ignore"):
+        if not np.all(np.isfinite(matrix)):
+            return np.full(matrix.shape, np.nan)
+        u, s, vt = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
+    norm = np.sqrt(np.sum(s * s))
+    if norm == 0:
+        return np.zeros(matrix.shape)
+    s = s / norm
+    for _ in range(steps):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    result = (u * s) @ vt
+    result[~np.any(matrix, axis=1), :] = 0  # rows and columns of zeros stay so; an SVD rounds
+    result[:, ~np.any(matrix, axis=0)] = 0
+    return np.asarray(result)
 
 
 def _noise(
@@ -242,6 +265,9 @@ def vote(
     max_weight: int = 1,
     noise: float = 0.0,
     seed: int = 0,
+    hidden: Sequence[int] = (),
+    ns_steps: int = 5,
+    period: int = 1,
 ) -> tuple[Round, State]:
     """Hold one round on ``gradients[worker][leaf]``; return it, and the state after it.
 
@@ -249,6 +275,8 @@ def vote(
     ``1..max_weight``; otherwise it casts no vote and its momentum stays as it was.  The threshold
     belongs to the ternary ballot; the binary one always asks whether the blend is nonzero.
     ``noise`` is added to blends that have an opinion.  ``seed`` is that of coins and noise.
+    ``hidden`` names the leaves, matrices, whose blends are orthogonalised in every ``period``-th
+    round, the first included.
     """
     rules = (aggregation in ("majority", "average"), ties in ("zero", "coin"))
     if not all(rules) or ballot not in ("ternary", "binary"):
@@ -269,6 +297,10 @@ def vote(
         and 1 <= weights[i] <= max_weight
         for i in range(n)
     ]
+    if state.count % period == 0:
+        for mine in blends:
+            for j in hidden:
+                mine[j] = newton_schulz(mine[j], ns_steps)
     # And how does it vote, what does it remember?
     added = _noise(blends, voted, noise, step)
     ballots: list[list[list[int]]] = []  # [worker][leaf][coordinate]

@@ -36,6 +36,10 @@ def task(train):
     return train.make_task("text", SIZE)
 
 
+def job(method, n, seed, *numbers):
+    return benchmark("rows").Job("run", "iid", method, n, seed, *numbers)
+
+
 def in_a_mesh(train, chosen, task, n, seed, rate, decay):
     """The same training on n devices, by the package's own train step."""
     mesh = dl.worker_mesh(n)
@@ -64,7 +68,7 @@ METHODS = (
 def test_simulated_workers_train_as_devices_do(train, methods, task, method):
     """Up to the rounding of a gradient, which differs between a batch of workers and one."""
     trainer = train.Trainer(task, methods[method], 4)
-    result = trainer.run(7, 1e-2, 0.1)
+    result = trainer.run(job(method, 4, 7, 1e-2, 0.1))
     want = in_a_mesh(train, methods[method], task, 4, 7, 1e-2, 0.1)
     np.testing.assert_allclose(result.losses, want, rtol=2e-3)
     assert result.losses[0] != result.losses[-1]
@@ -75,8 +79,8 @@ def test_simulated_workers_train_as_devices_do(train, methods, task, method):
 def test_every_method_trains(train, methods):
     task = train.make_task("text", SIZE | {"steps": 25})
     for method, chosen in methods.items():
-        rates = chosen.learning_rate, chosen.weight_decay
-        result = train.Trainer(task, chosen, 2).run(0, *rates)
+        numbers = chosen.learning_rate, chosen.weight_decay, chosen.betas
+        result = train.Trainer(task, chosen, 2).run(job(method, 2, 0, *numbers))
         assert np.mean(result.losses[-5:]) < result.losses[0], method
 
 
@@ -233,7 +237,8 @@ def test_a_split_that_cannot_be_is_said_at_once(tmp_path):
 def test_a_run_that_diverges_is_said_to(train, methods, task):
     tables = benchmark("report.tables")
     long = task._replace(steps=60)
-    result = train.Trainer(long, methods["SGD momentum"], 2).run(0, 1e9, 1e9)
+    diverging = job("SGD momentum", 2, 0, 1e9, 1e9)
+    result = train.Trainer(long, methods["SGD momentum"], 2).run(diverging)
     assert np.isnan(result.loss)
     assert np.isnan(result.accuracy)
     assert len(result.losses) == 60

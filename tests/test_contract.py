@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
+from optax.contrib import MuonDimensionNumbers
 
 import distlion_jax as dl
 from tests.helpers import B1, B2, gradients, shapes_to_params
@@ -40,6 +41,10 @@ def warmed_up(learning_rate, b1, b2):
     return optax.chain(dl.average_gradients("data", steps=1), vote)
 
 
+def kernels(params):
+    return {name: MuonDimensionNumbers() if name == "w" else None for name in params}
+
+
 def kinds(params):
     names = {"w": "majority", "b": "average", "s": "full"}
     return {name: names[name] for name in params}
@@ -53,6 +58,11 @@ def _cases():
         options = dict(exact, aggregation=a, ties=t, ballot=b)
         yield f"lion-{a}-{t}-{b}", Case(dl.distributed_lion, options)
         yield f"direction-{a}-{t}-{b}", Case(dl.scale_by_distributed_lion, options, ascends=True)
+    muon = dict(exact, muon_weight_dimension_numbers=kernels)
+    yield "muon", Case(dl.distributed_muon, dict(muon, rest_factor=0.5))
+    yield "muon-period", Case(dl.distributed_muon, dict(muon, period=2))
+    yield "muon-direction", Case(dl.scale_by_distributed_muon, muon, ascends=True)
+    yield "muon-one", Case(dl.distributed_muon, dict(muon, axis_name=None), votes=False)
     yield "by_label", Case(dl.distributed_lion_by_label, dict(exact, labels=kinds))
     yield "averaged", Case(dl.scale_by_averaged_lion, exact, ascends=True)
     yield "average_then_lion", Case(average_then_lion, exact, replicates=False)

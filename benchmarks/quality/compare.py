@@ -2,17 +2,19 @@
 """Distributed Lion beside what it is compared with: quality against workers, bits and bytes.
 
     python -m benchmarks.quality.compare --size quick         # a look, in minutes on 2 cores
-    python -m benchmarks.quality.compare --task images text   # the README's: hours on 2 cores
+    python -m benchmarks.quality.compare --task images text   # rates alone: hours on 2 cores
+    python -m benchmarks.quality.compare --betas --budget 24  # betas too, as the README's
     python -m benchmarks.quality.compare --splits 0.25 0.05   # workers with unlike data
     python -m benchmarks.quality.compare --size paper --images-dir CIFAR --corpus TOKENS  # a GPU
 
-Every method gets a search of its own over learning rate and weight decay, with the same number of
-trials, at one number of workers, with seeds and held-out rows that no result uses, by the figure
-that is reported; its best three are tried with a second seed. (With --start-from it begins where an
-earlier one ended.) Then it runs at each number of workers with each seed: same data order and
-initial weights for all methods at a seed. Workers are simulated on one device: votes exactly, sums
-of floating-point numbers in the order of the workers. Results are kept, one JSON line a run: a
-killed comparison goes on where it stopped, and a finished one only reports.
+Every method gets a search of its own over learning rate and weight decay (with --betas over its
+betas too, where it has some), with the same number of trials, at one number of workers, with seeds
+and held-out rows that no result uses, by the figure that is reported; its best three are tried with
+a second seed. (With --start-from it begins where an earlier one ended.) Then it runs at each number
+of workers with each seed: same data order and initial weights for all methods at a seed. Workers
+are simulated on one device: votes exactly, sums of floating-point numbers in the order of the
+workers. Results are kept, one JSON line a run: a killed comparison goes on where it stopped, and a
+finished one only reports.
 """
 
 import argparse
@@ -27,20 +29,30 @@ from benchmarks.quality.runs import Runner, add_arguments, check_arguments, make
 from benchmarks.quality.training import Task, split_rows
 from benchmarks.report import compare as report
 from benchmarks.report.tables import titled
-from benchmarks.rows import SEARCH_SEEDS, Job, Results, Row, badness, read
+from benchmarks.rows import SEARCH_SEEDS, Job, Results, Row, badness, job_of, read
 from benchmarks.tasks import partition
 
-LEARNING_RATE_STEP, WEIGHT_DECAY_STEP = 3.0, 4.0  # factors of the search's grid
+# Factors of the search's grid: of learning rate, weight decay, and of what betas leave up to 1.
+LEARNING_RATE_STEP, WEIGHT_DECAY_STEP, BETA_STEP = 3.0, 4.0, 2.0
+STEPS = (1.0, 0.5, 0.25, 0.125)  # of the grid, one after the other
 FINALISTS = 3
-Place = tuple[float, float]  # exponents of the two factors
+MOST = 32  # trials of a search: places around one of two dimensions
+DIAGONALS = ((1, 1), (-1, -1), (1, -1), (-1, 1))
+Place = tuple[float, ...]  # exponents of the factors: learning rate, weight decay, betas
+
+
+def directions(dimensions: int) -> list[tuple[int, ...]]:
+    """Where to look from a place: along each axis, then along rate and decay together."""
+    axes = [tuple(sign * (i == k) for i in range(dimensions))
+            for k in range(dimensions) for sign in (1, -1)]  # fmt: skip
+    return axes + [(*pair, *(0,) * (dimensions - 2)) for pair in DIAGONALS]
 
 
 def nearby(best: Place, seen: dict[Place, float]) -> Place:
     """The next place to try: beside the best one, learning rate first, at first in whole steps."""
-    i, j = best
-    for step in (1.0, 0.5, 0.25):
-        for di, dj in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, -1), (1, -1), (-1, 1)):
-            place = (i + di * step, j + dj * step)
+    for step in STEPS:
+        for way in directions(len(best)):
+            place = tuple(x + step * dx for x, dx in zip(best, way, strict=True))
             if place not in seen:
                 return place
     raise AssertionError("the budget is larger than the grid")
@@ -53,13 +65,18 @@ def tidy(rate: float) -> float:
 
 def search(start: Job, budget: int, scores: dict[Place, float]) -> Iterator[tuple[Place, Job]]:
     """The trials of a method and their places, under which the caller notes how bad each was."""
-    place: Place = (0.0, 0.0)
+    place: Place = (0.0, 0.0, *(0.0 for _ in start.betas or ()))
     for _ in range(budget):
+        betas = None
+        if start.betas is not None:
+            moved = zip(start.betas, place[2:], strict=True)
+            betas = tuple(tidy(max(1 - (1 - b) * BETA_STEP**k, 0.0)) for b, k in moved)
         yield (
             place,
             start._replace(
                 learning_rate=tidy(start.learning_rate * LEARNING_RATE_STEP ** place[0]),
                 weight_decay=tidy(start.weight_decay * WEIGHT_DECAY_STEP ** place[1]),
+                betas=betas,
             ),
         )
         place = nearby(min(scores, key=lambda p: (scores[p], p)), scores)
@@ -92,12 +109,16 @@ def draw_splits(task: Task, args: argparse.Namespace) -> None:
         partition.picture(task.data.groups, unlike, args.out / f"{task.name}_who.png")
 
 
-def beginning(earlier: dict[tuple[str, str], Place], task: str, method: str) -> Place:
-    """The rates that a method's search begins at; those of "METHOD, VARIANT" are METHOD's."""
+Numbers = tuple[float, float, tuple[float, ...] | None]  # learning rate, weight decay, betas
+
+
+def beginning(earlier: dict[tuple[str, str], Numbers], task: str, method: str) -> Numbers:
+    """What a method's search begins at; for "METHOD, VARIANT" what METHOD has."""
     for name in (method, method.split(",")[0]):
         if (task, name) in earlier:
-            return earlier[task, name]
-    return METHODS[method].learning_rate, METHODS[method].weight_decay
+            rate, decay, betas = earlier[task, name]
+            return rate, decay, betas or METHODS[method].betas
+    return METHODS[method][2:]
 
 
 def compare(runner: Runner, args: argparse.Namespace) -> list[Row]:
@@ -111,13 +132,14 @@ def compare(runner: Runner, args: argparse.Namespace) -> list[Row]:
     pairs = list(itertools.product(args.splits, args.methods))
     found = {}
     for split, method in pairs:
-        rates = beginning(args.start_from, runner.task.name, method)
-        start = Job("trial", split, method, args.search_workers, SEARCH_SEEDS[0], *rates)
+        rate, decay, betas = beginning(args.start_from, runner.task.name, method)
+        numbers = rate, decay, betas if args.betas else None
+        start = Job("trial", split, method, args.search_workers, SEARCH_SEEDS[0], *numbers)
         found[split, method] = best(runner, start, args.budget)
     rows = []
     for n, pair, seed in itertools.product(args.workers, pairs, args.seeds):
-        rates = found[pair]["learning_rate"], found[pair]["weight_decay"]
-        rows.append(runner.do(Job("run", *pair, n, seed, *rates)))
+        chosen = job_of(found[pair])
+        rows.append(runner.do(chosen._replace(kind="run", workers=n, seed=seed)))
     return rows
 
 
@@ -133,14 +155,14 @@ def _split(text: str) -> str:
     return f"{alpha:g}"
 
 
-def _chosen(file: str) -> dict[tuple[str, str], Place]:
-    """The rates of each task and method of earlier results."""
+def _chosen(file: str) -> dict[tuple[str, str], Numbers]:
+    """The rates and betas of each task and method of earlier results."""
     try:
         rows = read(Path(file))
     except UsageError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     found = {
-        (row["task"], row["method"]): (row["learning_rate"], row["weight_decay"])
+        (row["task"], row["method"]): job_of(row)[-3:]
         for row in rows
         if (row["kind"], row["split"]) == ("run", "iid")
     }
@@ -160,6 +182,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                    help="whose rows a worker sees: iid (anybody's), groups (whole works; whole "
                    "labels), or a number: alpha of a Dirichlet mix of labels")  # fmt: skip
     p.add_argument("--budget", type=int, default=12, help="trials of each method's search")
+    p.add_argument("--betas", action="store_true",
+                   help="search betas too, of methods that have some")  # fmt: skip
     p.add_argument("--search-workers", type=int, default=8, metavar="N", help="workers of a trial")
     p.add_argument(
         "--start-from",
@@ -172,8 +196,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if min(args.workers) < 2 or args.search_workers < 2:
         p.error("--workers and --search-workers: at least 2, or there is nobody to vote with")
-    if not 1 <= args.budget <= 24:
-        p.error(f"--budget must lie in [1, 24]; got {args.budget}")
+    if not 1 <= args.budget <= MOST:
+        p.error(f"--budget must lie in [1, {MOST}]; got {args.budget}")
     check_arguments(p, args)
     args.out = args.out or Path("runs/compare") / args.size
     return args

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What compare.py compares: each method's transformation, bytes, and where its search begins.
 
-A transformation is made of a learning rate and a weight decay, which may be traced: one compiled
-program serves the whole search.
+A transformation is made of a learning rate, a weight decay and, where they are searched, betas. All
+may be traced: one compiled program serves the whole search.
 """
 
 import functools
@@ -25,8 +25,10 @@ from distlion_jax.baselines import (
     deep_gradient_compression,
     distributed_signum,
     full_precision,
+    sign_muon,
     sign_sgd,
 )
+from distlion_jax.matrices import NOT_HIDDEN
 
 Tx = optax.GradientTransformationExtraArgs
 DENSITY = 0.04  # of GradDrop and DGC, as in the paper's comparison
@@ -36,10 +38,11 @@ WARMUP = 0.05  # of the steps: up to the peak; then down along a cosine
 class Method(NamedTuple):
     """One method of the comparison."""
 
-    make: Callable[[Any, Any, int], Tx]  # of learning rate (a schedule), weight decay, steps
+    make: Callable[..., Tx]  # of learning rate (a schedule), weight decay, steps, and any betas
     cost: Callable[[Any, int], dl.WireCost]  # of parameters and workers
     learning_rate: float  # where its search begins
     weight_decay: float
+    betas: tuple[float, ...] | None = None  # likewise; None: its published ones, not searched
 
 
 def warmup_cosine(peak: Any, steps: int) -> Callable[[Any], Any]:
@@ -62,14 +65,22 @@ def _decoupled(direction: optax.GradientTransformation, rate: Any, decay: Any) -
 class Optimizer(NamedTuple):
     """What follows an average of gradients."""
 
-    direction: Callable[[], optax.GradientTransformation]
+    direction: Callable[..., optax.GradientTransformation]  # of betas; of none, the published
     learning_rate: float  # where searches begin
     weight_decay: float
+    betas: tuple[float, ...] | None = None
 
 
-ADAMW = Optimizer(optax.scale_by_adam, 3e-3, 0.03)
+ADAMW = Optimizer(optax.scale_by_adam, 3e-3, 0.03, (0.8, 0.95))
 SGDM = Optimizer(lambda: optax.trace(0.9), 3e-2, 1e-3)
 SGD = Optimizer(optax.identity, 0.3, 1e-3)
+MUON = (0.95, 0.95)  # beta of the momentum, and Adam's b2
+MUON_ADAM_B1 = 0.8
+
+
+def hidden(params: Any) -> Any:
+    """The hidden matrices of the models: not their heads, which Flax calls Dense_0, nor places."""
+    return dl.hidden_matrices(params, NOT_HIDDEN + "|^Dense_0/|^places$")
 
 
 def _after(average: Callable[[int], Any], optimizer: Optimizer, cost: Any) -> Method:
@@ -79,20 +90,33 @@ def _after(average: Callable[[int], Any], optimizer: Optimizer, cost: Any) -> Me
         after = _decoupled(optimizer.direction(), rate, decay)
         return optax.chain(average(steps), dl.replicated(after))
 
-    return Method(make, cost, optimizer.learning_rate, optimizer.weight_decay)
+    return Method(make, cost, *optimizer[1:3])
 
 
 def _dense(optimizer: Optimizer, dtype: str = "f32") -> Method:
     """An ordinary optimizer on the full-precision mean."""
     wire_dtype = {"f32": None, "bf16": jnp.bfloat16}[dtype]
 
-    def make(rate: Any, decay: Any, steps: int) -> Any:
+    def make(rate: Any, decay: Any, steps: int, *betas: Any) -> Any:
         del steps
-        after = _decoupled(optimizer.direction(), rate, decay)
+        after = _decoupled(optimizer.direction(*betas), rate, decay)
         return full_precision(after, wire_dtype=wire_dtype)
 
     cost = lambda params, n: dl.full_precision_cost(params, n, dtype)  # noqa: E731
-    return Method(make, cost, optimizer.learning_rate, optimizer.weight_decay)
+    return Method(make, cost, *optimizer[1:])
+
+
+def _muon(rate: Any, decay: Any, steps: int, beta: Any = MUON[0], adam_b2: Any = MUON[1]) -> Any:
+    """Muon on the full-precision mean, with updates as long as AdamW's: one learning rate for both.
+
+    The scale is that of Liu et al, "Muon is Scalable for LLM Training", 2025.
+    """
+    del steps
+    muon = optax.contrib.muon(
+        rate, beta=beta, weight_decay=decay, consistent_rms=0.2, adam_b1=MUON_ADAM_B1,
+        adam_b2=adam_b2, adam_weight_decay=decay, muon_weight_dimension_numbers=hidden,
+    )  # fmt: skip
+    return full_precision(muon)
 
 
 def _compressed(compressor: Compressor, optimizer: Optimizer) -> Method:
@@ -114,19 +138,33 @@ def _dgc_cost(params: Any, n: int) -> dl.WireCost:
     return TopK(DGC_SHARE * early + (1 - DGC_SHARE) * DENSITY).cost(params, n)
 
 
-def _vote(make: Callable[..., Any], rate: float, decay: float, **options: Any) -> Method:
+def _vote(
+    make: Callable[..., Any],
+    rate: float,
+    decay: float,
+    betas: tuple[float, ...] | None = None,
+    **options: Any,
+) -> Method:
     """A vote; simulated workers gather ballots, and the cost is of the transport with fewest bytes.
 
     All transports give the same, bit for bit. The cost has the health figures, a step's default.
     """
 
-    def build(schedule: Any, weight_decay: Any, steps: int) -> Any:
+    def build(schedule: Any, weight_decay: Any, steps: int, *betas: Any) -> Any:
         del steps
         rest = {"transport": "all_gather", "health": "off"} | options
-        return make(schedule, weight_decay=weight_decay, **rest)
+        return make(schedule, *betas, weight_decay=weight_decay, **rest)
 
     cost = lambda params, n: dl.wire_cost(params, n, **options)  # noqa: E731
-    return Method(build, cost, rate, decay)
+    return Method(build, cost, rate, decay, betas)
+
+
+def _orthogonal(make: Callable[..., Any] = dl.distributed_muon, **chosen: Any) -> Method:
+    """A vote of orthogonalised ballots; ``chosen`` are options of the transformation alone."""
+    betas = chosen.pop("betas", (0.8, 0.9))
+    vote = {name: chosen.pop(name) for name in ("ties", "aggregation", "noise") if name in chosen}
+    tx = functools.partial(make, muon_weight_dimension_numbers=hidden, **chosen)
+    return _vote(tx, 8e-3, 0.4, betas, **vote)
 
 
 def _constant(zero: int, tie: int, b1: float = 0.9, b2: float = 0.99) -> Method:
@@ -144,8 +182,8 @@ def _constant(zero: int, tie: int, b1: float = 0.9, b2: float = 0.99) -> Method:
 def _synchronized(vote: Method, every: int) -> Method:
     """A vote whose momenta are averaged now and then; bits of the average are spread out."""
 
-    def build(schedule: Any, weight_decay: Any, steps: int) -> Any:
-        return dl.synchronize_momentum(vote.make(schedule, weight_decay, steps), every)
+    def build(schedule: Any, weight_decay: Any, steps: int, *betas: Any) -> Any:
+        return dl.synchronize_momentum(vote.make(schedule, weight_decay, steps, *betas), every)
 
     def cost(params: Any, n: int) -> dl.WireCost:
         dense = dl.full_precision_cost(params, n).collectives[0]
@@ -158,13 +196,20 @@ def _synchronized(vote: Method, every: int) -> Method:
 
 def lion_family(b1: float = 0.9, b2: float = 0.99) -> dict[str, Method]:
     """Lion and its votes, ties broken in three ways."""
-    vote = functools.partial(dl.distributed_lion, b1=b1, b2=b2)
+    near = (0.9, 0.98)  # where a search of betas begins
+
+    def vote(rate: Any, b1: Any = b1, b2: Any = b2, **options: Any) -> Any:
+        return dl.distributed_lion(rate, b1, b2, **options)
+
+    def lion(b1: Any = b1, b2: Any = b2) -> Any:
+        return optax.scale_by_lion(b1, b2)
+
     return {
-        "Lion": _dense(Optimizer(lambda: optax.scale_by_lion(b1, b2), 1e-3, 0.1)),
-        "D-Lion majority": _vote(vote, 1e-3, 0.1),
-        "D-Lion majority, coin": _vote(vote, 1e-3, 0.1, ties="coin"),
+        "Lion": _dense(Optimizer(lion, 1e-3, 0.1, near)),
+        "D-Lion majority": _vote(vote, 1e-3, 0.1, near),
+        "D-Lion majority, coin": _vote(vote, 1e-3, 0.1, near, ties="coin"),
         "D-Lion majority, ties -1": _constant(0, -1, b1, b2),
-        "D-Lion average": _vote(vote, 2e-3, 0.05, aggregation="average"),
+        "D-Lion average": _vote(vote, 2e-3, 0.05, near, aggregation="average"),
     }
 
 
@@ -196,6 +241,21 @@ METHODS: dict[str, Method] = {  # rows.py has the same names in the same order, 
     "SGD momentum bf16": _dense(SGDM, "bf16"),
 }
 DEFAULT = tuple(name for name in METHODS if "bf16" not in name and "rank" not in name)
+_MUON = _orthogonal()
+METHODS |= {
+    "D-Muon majority": _MUON,
+    "Muon": Method(_muon, dl.full_precision_cost, 1e-2, 0.1, MUON),
+    "D-Muon majority, coin": _orthogonal(ties="coin"),
+    "D-Muon average": _orthogonal(aggregation="average"),
+    "D-SignMuon majority": _orthogonal(sign_muon, betas=(0.9,)),
+    "D-Muon majority, 3 steps": _orthogonal(ns_steps=3),
+    "D-Muon majority, bfloat16": _orthogonal(ns_dtype=jnp.bfloat16),
+    "D-Muon majority, period 2": _orthogonal(period=2),
+    "D-Muon majority, period 4": _orthogonal(period=4),
+    "D-Muon majority, sync 16": _synchronized(_MUON, 16),
+    "D-Muon majority, noise 2": _orthogonal(noise=2.0),
+}
+HEADLINE = ("D-Muon majority", "D-Lion majority", "Lion", "AdamW", "Muon")
 # What zeros and ties do elsewhere.
 METHODS |= {
     "D-Lion majority, coin": LION["D-Lion majority, coin"],

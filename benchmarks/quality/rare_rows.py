@@ -29,7 +29,7 @@ from benchmarks.quality.methods import METHODS, Method, warmup_cosine
 from benchmarks.quality.runs import versions
 from benchmarks.quality.training import Task, Trainer
 from benchmarks.report.rare_rows import SEEN, as_table, draw
-from benchmarks.rows import listed
+from benchmarks.rows import Job, listed
 from benchmarks.tasks import CORPUS, models
 from benchmarks.tasks import data as sources
 
@@ -94,9 +94,8 @@ def measure(task: Task, width: int, args: argparse.Namespace, bar: Any) -> list[
         trainer = Trainer(task, method, args.workers)
         for seed in args.seeds:
             before = embedding(models.initial_params(task.model, task.data, seed))
-            params, _ = trainer.train(
-                seed, args.learning_rate, 0.0, tell=lambda k: bar.update(k * args.workers)
-            )
+            job = Job("run", "iid", name, args.workers, seed, args.learning_rate, 0.0)
+            params, _ = trainer.train(job, lambda steps: bar.update(steps * args.workers))
             far = np.sqrt(np.mean((embedding(params) - before) ** 2, axis=1))
             seen = times_seen(task, args.workers, seed)
             losses, inputs = held_out_losses(task, params), task.data.held_out["x"]

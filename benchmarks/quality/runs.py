@@ -34,6 +34,23 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
             "steps": 500, "batch": 16, "patch": 7, "layers": 2, "width": 64, "eval_rows": 10_000,
         },
     },
+    # The model of examples/train.py.
+    "example": {
+        "text": {"steps": 1000, "batch": 4, "layers": 2, "width": 128, "eval_rows": 1024},
+        "images": {
+            "steps": 500, "batch": 16, "patch": 7, "layers": 2, "width": 128, "eval_rows": 10_000,
+        },
+    },
+    # Fifteen times as many parameters.
+    "wide": {
+        "text": {
+            "steps": 1000, "batch": 8, "layers": 2, "width": 256, "heads": 8, "eval_rows": 1024,
+        },
+        "images": {
+            "steps": 500, "batch": 16, "patch": 7, "layers": 2, "width": 256, "heads": 8,
+            "eval_rows": 10_000,
+        },
+    },
     "paper": {
         # Its number of steps; a small model still: of characters, 64 at a time.
         "text": {
@@ -111,14 +128,7 @@ class Runner:
         self.bar.set_postfix_str(
             f"{self.task.name}, {job.split}: {job.kind} of {job.method}, n = {job.workers}"
         )
-        result = trainer.run(
-            job.seed,
-            job.learning_rate,
-            job.weight_decay,
-            job.split,
-            job.kind,
-            lambda steps: self.bar.update(steps * job.workers),
-        )
+        result = trainer.run(job, lambda steps: self.bar.update(steps * job.workers))
         cost = trainer.cost()
         row = job._asdict() | {
             "format": FORMAT,

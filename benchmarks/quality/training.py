@@ -20,6 +20,7 @@ import optax
 
 import distlion_jax as dl
 from benchmarks.quality.methods import Method, warmup_cosine
+from benchmarks.rows import Job
 from benchmarks.tasks import CORPUS, models, partition
 from benchmarks.tasks import data as sources
 from distlion_jax.exchanges import map_fields, roles_of
@@ -120,14 +121,15 @@ class Trainer:
         self.task, self.n = task, n
         self.loss = models.make_loss(task.model)
         self.method = method
-        self.chunk = jax.jit(self._chunk, donate_argnums=(2, 3))
+        self.chunk = jax.jit(self._chunk, donate_argnums=(1, 2))
 
-    def _tx(self, rate: Any, decay: Any) -> Any:
-        steps = self.task.steps
-        return self.method.make(warmup_cosine(rate, steps), decay, steps)
+    def _tx(self, numbers: Any) -> Any:
+        """Of learning rate, weight decay and betas, which may be traced."""
+        (rate, decay, *betas), steps = numbers, self.task.steps
+        return self.method.make(warmup_cosine(rate, steps), decay, steps, *betas)
 
-    def _chunk(self, rate: Any, decay: Any, params: Any, state: Any, batches: Any) -> Any:
-        tx = self._tx(rate, decay)
+    def _chunk(self, numbers: Any, params: Any, state: Any, batches: Any) -> Any:
+        tx = self._tx(numbers)
 
         def worker(params: Any, state: Any, batch: Any) -> Any:
             loss, gradient = jax.value_and_grad(self.loss)(params, batch)
@@ -159,27 +161,25 @@ class Trainer:
 
     def train(
         self,
-        seed: int,
-        rate: float,
-        decay: float,
-        split: str = "iid",
+        job: Job,
         tell: Callable[[int], Any] = lambda steps: None,
     ) -> tuple[Any, list[float]]:
-        """Parameters and losses from the weights and on the batches of a seed.
+        """Parameters and losses from the weights and on the batches of a job's seed.
 
         ``tell`` hears of steps done.
         """
-        parts = split_rows(self.task.data, split, self.n, seed)
-        params = models.initial_params(self.task.model, self.task.data, seed)
-        state = self._tx(rate, decay).init(params)
+        parts = split_rows(self.task.data, job.split, self.n, job.seed)
+        params = models.initial_params(self.task.model, self.task.data, job.seed)
+        given = job.learning_rate, job.weight_decay, *(job.betas or ())
+        state = self._tx(given).init(params)
         state = stacked(state, worker_axes(state), self.n)
-        rng = np.random.default_rng(seed)
-        rates = jnp.float32(rate), jnp.float32(decay)
+        rng = np.random.default_rng(job.seed)
+        numbers = [jnp.float32(x) for x in given]
         losses: list[float] = []
         while len(losses) < self.task.steps:
             steps = min(CHUNK, self.task.steps - len(losses))
             params, state, some = self.chunk(
-                *rates, params, state, self._batches(rng, steps, parts)
+                numbers, params, state, self._batches(rng, steps, parts)
             )
             losses += np.asarray(some, np.float64).tolist()
             tell(steps)
@@ -188,13 +188,12 @@ class Trainer:
                 losses += [float("nan")] * (self.task.steps - len(losses))
         return params, losses
 
-    def run(self, seed: int, rate: float, decay: float, split: str = "iid", kind: str = "run",
-            tell: Callable[[int], Any] = lambda steps: None) -> Result:  # fmt: skip
+    def run(self, job: Job, tell: Callable[[int], Any] = lambda steps: None) -> Result:
         """Trains, as :meth:`train`, and evaluates."""
         began = time.perf_counter()
-        params, losses = self.train(seed, rate, decay, split, tell)
+        params, losses = self.train(job, tell)
         seconds = time.perf_counter() - began
-        loss, accuracy = self.task.evaluate[kind](params)
+        loss, accuracy = self.task.evaluate[job.kind](params)
         if not np.isfinite(loss):
             loss = accuracy = float("nan")  # the first label is the largest of nothing
         return Result(losses, loss, accuracy, seconds)

@@ -12,7 +12,7 @@ from distlion_jax.baselines.ef_sign import EFSign
 from distlion_jax.baselines.full_precision import full_precision, full_precision_lion
 from distlion_jax.baselines.power_sgd import PowerSGD
 from distlion_jax.baselines.qsgd import QSGD
-from distlion_jax.baselines.signs import distributed_signum, sign_sgd
+from distlion_jax.baselines.signs import distributed_signum, sign_muon, sign_sgd
 from distlion_jax.baselines.terngrad import TernGrad
 from distlion_jax.baselines.top_k import (
     DeepGradientCompressionState,
@@ -34,5 +34,6 @@ __all__ = [
     "distributed_signum",
     "full_precision",
     "full_precision_lion",
+    "sign_muon",
     "sign_sgd",
 ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""signSGD and SIGNUM with a vote: Distributed Lion with other momentum weights."""
+"""signSGD, SIGNUM and SignMuon with a vote: Distributed Lion with other momentum weights."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import optax
 from jax.typing import ArrayLike
 
 from distlion_jax.lion import distributed_lion
+from distlion_jax.muon import distributed_muon
 
 
 def distributed_signum(
@@ -49,6 +50,42 @@ def distributed_signum(
       [-0.1  0.1]
     """
     return distributed_lion(learning_rate, beta, beta, weight_decay=weight_decay, **options)
+
+
+def sign_muon(
+    learning_rate: optax.ScalarOrSchedule,
+    beta: ArrayLike = 0.95,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    r"""SignMuon with a vote: workers vote with the signs of their orthogonalised momentum.
+
+    .. math::
+
+      m_i \leftarrow \beta m_i + (1 - \beta) g_i, \qquad
+      \delta_i = \mathrm{sign}(\mathrm{NS}(m_i))
+
+    which is :func:`distlion_jax.distributed_muon` with ``b1 = b2 = beta``. It differs from the
+    paper as :func:`distributed_signum` does.
+
+    Args:
+      learning_rate: step size or schedule.
+      beta: decay of the momentum, in [0, 1).
+      weight_decay: strength or schedule, times the learning rate.
+      **options: ``distributed_muon``'s: ``muon_weight_dimension_numbers``, ``ns_steps``, ...
+
+    References:
+      `SignMuon <https://arxiv.org/abs/2605.16311>`_, 2026
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> tx = sign_muon(0.1)
+      >>> g = jnp.array([[[2.0, 1.0], [1.0, 2.0]]] * 3)  # of 3 workers; its U V^T is 1
+      >>> print(jax.vmap(lambda g: tx.update(g, tx.init(g), g)[0], axis_name="data")(g)[0])
+      [[-0.1  0.1]
+       [ 0.1 -0.1]]
+    """
+    return distributed_muon(learning_rate, beta, beta, weight_decay=weight_decay, **options)
 
 
 def sign_sgd(
