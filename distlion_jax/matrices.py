@@ -121,7 +121,8 @@ def numbers_of(chosen: Any, tree: Any) -> list[MuonDimensionNumbers | None]:
             f"the parameters are, or a prefix of one: {error}"
         ) from error
     out = []
-    for one, (path, x) in zip(jax.tree.leaves(spread, is_leaf=_is_number), named, strict=True):
+    ones = jax.tree.leaves(spread, is_leaf=lambda node: isinstance(node, MuonDimensionNumbers))
+    for one, (path, x) in zip(ones, named, strict=True):
         _check(one, x, jax.tree_util.keystr(path))
         out.append(one or None)
     return out

@@ -87,8 +87,8 @@ def stack_state(tx, params, n):
 
 
 @functools.cache
-def _runner(how, n, options):
-    tx = scale_by_distributed_lion(B1, B2, allow_single_worker=True, **dict(options))
+def _runner(how, n, options, factory):
+    tx = factory(B1, B2, allow_single_worker=True, **dict(options))
 
     def step(g, state, extra):
         return tx.update(g, state, **extra)
@@ -96,9 +96,10 @@ def _runner(how, n, options):
     return tx, map_workers(step, how, n)
 
 
-def run(tree, n, rounds, how="vmap", dtype=np.float32, extra=None, first=0, grads=None, **options):
+def run(tree, n, rounds, how="vmap", dtype=np.float32, extra=None, first=0, grads=None,
+        factory=scale_by_distributed_lion, **options):  # fmt: skip
     """Runs some rounds; returns per round (direction, state), as NumPy with a worker axis."""
-    tx, step = _runner(how, n, tuple(sorted(options.items())))
+    tx, step = _runner(how, n, tuple(sorted(options.items())), factory)
     state = stack_state(tx, shapes_to_params(tree, dtype), n)
     history = []
     for r in range(rounds):
