@@ -66,6 +66,9 @@ GROUPS: dict[str, str] = {
     "D-Muon majority, period 4": "orthogonal",
     "D-Muon majority, sync 16": "orthogonal",
     "D-Muon majority, noise 2": "orthogonal",
+    "D-Muon majority, cautious": "orthogonal",
+    "D-Muon majority, error feedback": "orthogonal",
+    "D-Muon owner": "orthogonal",
 }
 
 
@@ -201,8 +204,9 @@ def edges(rows: Iterable[Row], task: str, split: str) -> dict[str, set[str]]:
             trials = [searched(x) for x in rows
                       if x["kind"] == "trial" and x["method"] == row["method"]]  # fmt: skip
             for name, chosen in searched(row).items():
-                tried = [trial[name] for trial in trials if name in trial]
-                if tried and not (1 + 1e-5) * min(tried) < chosen < max(tried) / (1 + 1e-5):
+                tried = [trial[name] for trial in trials if name in trial] or [chosen]
+                least, most = (1 + 1e-5) * min(tried), max(tried) / (1 + 1e-5)
+                if least < most and not least < chosen < most:  # one value alone was not searched
                     out.setdefault(row["method"], set()).add(name)
     return out
 

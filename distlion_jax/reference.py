@@ -9,8 +9,8 @@ tests run both on the same inputs and compare the results with ``==``.
 The algorithm is Distributed Lion (Liu et al., NeurIPS 2024, arXiv 2404.00438).  Every worker
 blends its own momentum with its own gradient, votes with the signs of that blend, and all workers
 apply the verdict of the vote to identical parameters.  With ``hidden`` leaves, the blend of such a
-matrix is first orthogonalised by Newton and Schulz, in float64 here.  A tree is a list of arrays ("leaves") of
-any shape; scalars and empty leaves are allowed.
+matrix is first orthogonalised by Newton and Schulz, in float64 here.  A tree is a list of arrays
+("leaves") of any shape; scalars and empty leaves are allowed.
 """
 
 from collections.abc import Sequence
@@ -278,36 +278,28 @@ def vote(
     ``hidden`` names the leaves, matrices, whose blends are orthogonalised in every ``period``-th
     round, the first included.
     """
-    rules = (aggregation in ("majority", "average"), ties in ("zero", "coin"))
-    if not all(rules) or ballot not in ("ternary", "binary"):
+    known = aggregation in ("majority", "average") and ties in ("zero", "coin")
+    if not known or ballot not in ("ternary", "binary"):
         raise ValueError(f"unknown rule among {aggregation!r}, {ties!r}, {ballot!r}")
-    n, leaves = len(gradients), gradients[0]
+    n, leaves, address = len(gradients), gradients[0], addresses(gradients[0])
     step = state.count ^ mix(seed)  # mix(0) is 0
-    address = addresses(leaves)
     participating = [True] * n if participating is None else participating
     weights = [1] * n if weight is None else [int(w) for w in weight]
     abstain = ballot == "ternary" or n == 1
     least = threshold if ballot == "ternary" else 0.0
-
     # Each worker alone: does it enter?
     blends, new = (_averages(gradients, state.mu, decay) for decay in (b1, b2))
-    voted = [
-        bool(participating[i])
-        and all(bool(np.all(np.isfinite(c))) for c in blends[i])
-        and 1 <= weights[i] <= max_weight
-        for i in range(n)
-    ]
+    fine = [all(bool(np.all(np.isfinite(c))) for c in mine) for mine in blends]
+    voted = [bool(participating[i]) and fine[i] and 1 <= weights[i] <= max_weight for i in range(n)]
     if state.count % period == 0:
         for mine in blends:
-            for j in hidden:
-                mine[j] = newton_schulz(mine[j], ns_steps)
+            mine[:] = [newton_schulz(c, ns_steps) if j in hidden else c for j, c in enumerate(mine)]
     # And how does it vote, what does it remember?
     added = _noise(blends, voted, noise, step)
     ballots: list[list[list[int]]] = []  # [worker][leaf][coordinate]
     mu: list[list[Array]] = []
     for i in range(n):
-        placed = zip(blends[i], added[i], address, strict=True)
-        rule = (step, i, least, abstain)
+        placed, rule = zip(blends[i], added[i], address, strict=True), (step, i, least, abstain)
         ballots.append([_votes(*p, *rule) if voted[i] else [0] * p[0].size for p in placed])
         pairs = zip(new[i], state.mu[i], strict=True)
         mu.append([x.astype(m.dtype) if voted[i] else m.copy() for x, m in pairs])

@@ -250,7 +250,7 @@ def test_a_run_that_diverges_is_said_to(train, methods, task):
     [
         (["--methods", "SGD-M"], "invalid choice: 'SGD-M'"),
         (["--workers", "1"], "--workers and --search-workers: at least 2"),
-        (["--budget", "0"], "--budget must lie in [1, 24]; got 0"),
+        (["--budget", "0"], "--budget must lie in [1, 32]; got 0"),
         (["--seeds", "42", "52", "42"], "--seeds names something twice: 42, 52, 42"),
         (["--seeds", "1000"], "none of (1000, 1001), which searches use"),
         (["--splits", "0"], "'0' is not iid, groups, or an alpha above 0"),

@@ -15,6 +15,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from optax.contrib import MuonDimensionNumbers
 
 import distlion_jax as dl
 from distlion_jax import baselines, reference
@@ -36,6 +37,15 @@ def loss(params, batch):
 
 def option(learning_rate=0.1, **options):
     return lambda: dl.distributed_lion(learning_rate, **options)
+
+
+def muon(**options):
+    return lambda: dl.scale_by_distributed_muon(**options)
+
+
+def numbers(chosen):
+    """A vote on PARAMS with these dimension numbers."""
+    return vote(dl.scale_by_distributed_muon(muon_weight_dimension_numbers=chosen))
 
 
 def init(*leaves, **options):
@@ -432,6 +442,35 @@ CASES = {
     ),
     "`labels['b']` must be one of 'majority', 'average', 'full', 'frozen'; got 'x'.": by_label(
         {"w": "full", "b": "x"}
+    ),
+    # Hidden matrices
+    "`ns_steps` must lie in [1, 100]; got 0.": muon(ns_steps=0),
+    "`ns_steps` must be a static Python int or None; got 2.5. ... static_args": muon(ns_steps=2.5),
+    "`period` must lie in [1, 2147483647]; got 0.": muon(period=0),
+    "`ns_dtype` must be float32 or bfloat16; got float16": muon(ns_dtype=jnp.float16),
+    "`ns_dtype` must be float32 or bfloat16; got int32": muon(ns_dtype=jnp.int32),
+    "`rest_factor` must be a finite number of at least 0; got -1.": lambda: dl.distributed_muon(
+        0.1, rest_factor=-1
+    ),
+    "`muon_weight_dimension_numbers['w']` must be optax.contrib ... got True.": numbers(
+        {"w": True, "b": None}
+    ),
+    "`muon_weight_dimension_numbers['b']` must name different axes of shape (3,)": numbers(
+        MuonDimensionNumbers()
+    ),
+    "must name different axes of shape ... reduction_axis=1, output_axis=-1": numbers(
+        {"w": MuonDimensionNumbers(1, -1), "b": None}
+    ),
+    "must name different axes of shape ... reduction_axis=(), output_axis=1": numbers(
+        {"w": MuonDimensionNumbers((), 1), "b": None}
+    ),
+    "`muon_weight_dimension_numbers` must be a tree of MuonDimensionNumbers and None as": numbers(
+        {"w": None}
+    ),
+    "`params` 'out/kernel' of shape (3, 4, 3) can be a stack of 3 matrices as well": lambda: (
+        dl.hidden_matrices(
+            {"query": {"kernel": jnp.ones((3, 3, 4))}, "out": {"kernel": jnp.ones((3, 4, 3))}}
+        )
     ),
     "`n` (workers) must be at least 1; got 0.": lambda: dl.wire_cost(PARAMS, 0),
     "unknown rule among 'majority', 'x', 'binary'": lambda: reference.vote(

@@ -25,12 +25,12 @@ MODULES = {name: ast.parse(path.read_text()) for name, path in PATHS.items()}
 LAYERS = [
     {"_promotion", "_rules", "_version", "exchanges", "cluster"},
     {"_vote"},
-    {"_checks", "_rounds", "accumulate", "finite", "hlo", "ledger"},
-    {"forecast", "lion", "average", "policy", "sync", "train"},
+    {"_checks", "_orthogonal", "_rounds", "accumulate", "finite", "hlo", "ledger", "matrices"},
+    {"forecast", "lion", "muon", "average", "policy", "sync", "train"},
     {"baselines", "resume"},
     {"__init__", "_old_paths"},
 ]
-OPTIMIZERS = {"lion", "average", "policy", "sync"}
+OPTIMIZERS = {"lion", "muon", "average", "policy", "sync"}
 NEVER = [  # and these never meet, whatever their layers
     ({"train"}, {"baselines"}),
     ({"train"}, OPTIMIZERS),

@@ -7,12 +7,13 @@ may be traced: one compiled program serves the whole search.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import optax
 
 import distlion_jax as dl
+from benchmarks.quality import trials
 from benchmarks.quality.constant_votes import constant_vote
 from distlion_jax.baselines import (
     QSGD,
@@ -215,6 +216,7 @@ def lion_family(b1: float = 0.9, b2: float = 0.99) -> dict[str, Method]:
 
 LION = lion_family()
 METHODS: dict[str, Method] = {  # rows.py has the same names in the same order, for the tables
+    "D-Muon majority": _orthogonal(),
     "D-Lion majority": LION["D-Lion majority"],
     "D-Lion average": LION["D-Lion average"],
     "D-SIGNUM majority": _vote(distributed_signum, 1e-3, 0.1),
@@ -222,6 +224,7 @@ METHODS: dict[str, Method] = {  # rows.py has the same names in the same order, 
     "signSGD majority": _vote(sign_sgd, 1e-3, 0.1),
     "Lion": LION["Lion"],
     "AdamW": _dense(ADAMW),
+    "Muon": Method(_muon, dl.full_precision_cost, 1e-2, 0.1, MUON),
     "SGD momentum": _dense(SGDM),
     "EF-signSGD": _compressed(EFSign(), SGD),
     "QSGD": _compressed(QSGD(), SGDM),
@@ -241,21 +244,6 @@ METHODS: dict[str, Method] = {  # rows.py has the same names in the same order, 
     "SGD momentum bf16": _dense(SGDM, "bf16"),
 }
 DEFAULT = tuple(name for name in METHODS if "bf16" not in name and "rank" not in name)
-_MUON = _orthogonal()
-METHODS |= {
-    "D-Muon majority": _MUON,
-    "Muon": Method(_muon, dl.full_precision_cost, 1e-2, 0.1, MUON),
-    "D-Muon majority, coin": _orthogonal(ties="coin"),
-    "D-Muon average": _orthogonal(aggregation="average"),
-    "D-SignMuon majority": _orthogonal(sign_muon, betas=(0.9,)),
-    "D-Muon majority, 3 steps": _orthogonal(ns_steps=3),
-    "D-Muon majority, bfloat16": _orthogonal(ns_dtype=jnp.bfloat16),
-    "D-Muon majority, period 2": _orthogonal(period=2),
-    "D-Muon majority, period 4": _orthogonal(period=4),
-    "D-Muon majority, sync 16": _synchronized(_MUON, 16),
-    "D-Muon majority, noise 2": _orthogonal(noise=2.0),
-}
-HEADLINE = ("D-Muon majority", "D-Lion majority", "Lion", "AdamW", "Muon")
 # What zeros and ties do elsewhere.
 METHODS |= {
     "D-Lion majority, coin": LION["D-Lion majority, coin"],
@@ -280,4 +268,41 @@ METHODS |= {
     "D-Lion majority, sync 16": _synchronized(METHODS["D-Lion majority"], 16),
     "D-Lion majority, sync 64": _synchronized(METHODS["D-Lion majority"], 64),
     "D-Lion majority, noise 2, sync 16": _synchronized(_NOISY, 16),
+}
+# Variants of orthogonalised ballots.
+METHODS |= {
+    "D-Muon majority, coin": _orthogonal(ties="coin"),
+    "D-Muon average": _orthogonal(aggregation="average"),
+    "D-SignMuon majority": _orthogonal(sign_muon, betas=(0.9,)),
+    "D-Muon majority, 3 steps": _orthogonal(ns_steps=3),
+    "D-Muon majority, bfloat16": _orthogonal(ns_dtype=jnp.bfloat16),
+    "D-Muon majority, period 2": _orthogonal(period=2),
+    "D-Muon majority, period 4": _orthogonal(period=4),
+    "D-Muon majority, sync 16": _synchronized(METHODS["D-Muon majority"], 16),
+    "D-Muon majority, noise 2": _orthogonal(noise=2.0),
+}
+
+
+def _tried(
+    make: Callable[..., Any],
+    rate: float,
+    decay: float,
+    betas: tuple[float, float],
+    ties: Literal["zero", "coin"] = "zero",
+) -> Method:
+    """A trial; the cost is of the bits that it would send."""
+
+    def build(schedule: Any, weight_decay: Any, steps: int, *betas: Any) -> Any:
+        del steps
+        return make(schedule, *betas, weight_decay=weight_decay, chosen=hidden)
+
+    cost = lambda params, n: dl.wire_cost(params, n, ties=ties)  # noqa: E731
+    return Method(build, cost, rate, decay, betas)
+
+
+METHODS |= {
+    "D-Muon majority, cautious": _tried(trials.cautious, 8e-3, 0.4, (0.8, 0.9)),
+    "D-Muon majority, error feedback": _tried(trials.fed_back, 8e-3, 0.4, (0.8, 0.9)),
+    # Its owners send one bit, whatever the ballots' mean.
+    "D-Muon owner": _tried(trials.owner_momentum, 3.2e-2, 0.2, trials.BETAS, "coin"),
 }
