@@ -45,6 +45,7 @@ Bytes and seconds:
     wire_cost_by_label          the same of distributed_lion_by_label
     full_precision_cost         the all-reduce that the vote replaces
     compiled_collectives        the collectives in a compiled program
+    newton_schulz_flops         arithmetic that distributed_muon adds to a worker's step
     forecast_vote               seconds of a step on a given network
     forecast_all_reduce         seconds of the step it replaces
     break_even                  the bandwidth up to which the vote is quicker
@@ -84,7 +85,7 @@ from distlion_jax.lion import (
     distributed_lion,
     scale_by_distributed_lion,
 )
-from distlion_jax.matrices import hidden_matrices
+from distlion_jax.matrices import hidden_matrices, newton_schulz_flops
 from distlion_jax.muon import distributed_muon, scale_by_distributed_muon
 from distlion_jax.policy import distributed_lion_by_label, wire_cost_by_label
 from distlion_jax.resume import (
@@ -153,6 +154,7 @@ __all__ = [
     "make_pmap_train_step",
     "make_train_step",
     "mean_health",
+    "newton_schulz_flops",
     "pmap_replicate",
     "replicas_agree",
     "replicate",

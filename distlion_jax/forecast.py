@@ -105,9 +105,16 @@ def _shapes(parameters: int) -> jax.ShapeDtypeStruct:
 
 
 def forecast_vote(
-    parameters: int, n: int, link: Link, compute: float, *, codec: float = CODEC, **options: Any
+    parameters: int,
+    n: int,
+    link: Link,
+    compute: float,
+    *,
+    codec: float = CODEC,
+    newton_schulz: float = 0.0,
+    **options: Any,
 ) -> Forecast:
-    """A step with Distributed Lion.
+    """A step with Distributed Lion, or with its orthogonalised ballots.
 
     Args:
       parameters: how many.
@@ -115,6 +122,8 @@ def forecast_vote(
       link: the network.
       compute: seconds of a step without exchange, as it is with ``optax.lion`` on one worker.
       codec: seconds a parameter that the vote's update takes longer than ``optax.lion``'s.
+      newton_schulz: seconds a step that :func:`distlion_jax.distributed_muon` orthogonalises on
+        each worker: :func:`distlion_jax.newton_schulz_flops` over the device's flops a second.
       **options: ``aggregation``, ``transport``, ``ties``, ... as in :func:`wire_cost`.
 
     Examples:
@@ -124,9 +133,11 @@ def forecast_vote(
     """
     _check(parameters, n, compute)
     _number("codec", codec)
+    _number("newton_schulz", newton_schulz)
     cost = ledger.wire_cost(_shapes(parameters), int(n), **options)
     exchange = exchange_seconds(cost, link)
-    return Forecast(cost, exchange, 0.0, compute + codec * parameters + exchange)
+    step = compute + codec * parameters + newton_schulz + exchange
+    return Forecast(cost, exchange, 0.0, step)
 
 
 def forecast_all_reduce(
@@ -170,6 +181,7 @@ def break_even(
     dtype: str = "f32",
     overlap: float = OVERLAP,
     codec: float = CODEC,
+    newton_schulz: float = 0.0,
     **options: Any,
 ) -> float:
     """Bandwidth in bits a second up to which the vote's step is the quicker one.
@@ -186,7 +198,9 @@ def break_even(
     def gain(exponent: float) -> float:
         at = link._replace(bandwidth=10.0**exponent)
         full = forecast_all_reduce(parameters, n, at, compute, dtype=dtype, overlap=overlap)
-        vote = forecast_vote(parameters, n, at, compute, codec=codec, **options)
+        vote = forecast_vote(
+            parameters, n, at, compute, codec=codec, newton_schulz=newton_schulz, **options
+        )
         return full.step - vote.step
 
     low, high = 2.0, 18.0

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a small model with Distributed Lion beside full-precision Lion, and compares the two.
+"""Trains a small model with one-bit votes beside full-precision Lion and AdamW, and compares them.
 
-    python examples/train.py                # characters of Shakespeare, 3 to 5 minutes on 2 cores
+    python examples/train.py                # characters of Shakespeare, 5 minutes on 2 cores
     python examples/train.py --task images  # a classifier of real images
     python examples/train.py --quick        # a smoke test of 20 seconds
 

@@ -34,6 +34,13 @@ def test_not_worth_it_on_a_fast_one():
     assert "84.0 GB a worker" in said
 
 
+def test_orthogonalising_is_arithmetic():
+    """30 operations a parameter and side; no byte."""
+    said = advise(*SLOW, "--width", 1024, "--flops", "100t")
+    assert "| D-Muon majority, coin ties (two_phase) | 85.5 MB | 684 ms | - | 1.19 s |" in said
+    assert "Orthogonalising takes 108 ms a step, 27% of the rest" in said
+
+
 def test_survey():
     said = advise("--survey")
     rows = [line.split("|") for line in said.splitlines() if line.startswith("| ")]

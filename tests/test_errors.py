@@ -359,6 +359,7 @@ CASES = {
         link=dl.Link(1e9, float("nan"))
     ),
     "`compute` must be a finite number of at least 0; got -0.1.": forecast(compute=-0.1),
+    "`newton_schulz` must be a finite number of at least 0; got -1.": forecast(newton_schulz=-1.0),
     "`codec` must be a finite number of at least 0; got inf.": forecast(codec=float("inf")),
     "`n` (workers) must be a whole number of at least 2, or ... got 1.": forecast(n=1),
     "`n` (workers) must be a whole number of at least 2, or ... got 2.5.": forecast(n=2.5),

@@ -82,7 +82,7 @@ def test_text_writes_table_numbers_and_plot(text):
     process, folder = text
     assert process.returncode == 0, process.stderr
     numbers = results(folder)
-    assert [run["name"] for run in numbers["runs"]] == ["majority", "lion"]
+    assert [run["name"] for run in numbers["runs"]] == ["muon", "majority", "lion", "adamw"]
     assert numbers["workers"] == 8
     assert not numbers["interrupted"]
     assert (folder / "results.md").read_text().strip() in process.stdout
@@ -95,27 +95,29 @@ def test_text_writes_table_numbers_and_plot(text):
         assert run["evaluations"][-1]["loss"] < run["evaluations"][0]["loss"]
         shown = f"{run['evaluations'][-1]['loss']:.3f}"
         assert any(shown in line for line in process.stdout.splitlines() if line.startswith("|"))
-    first, second = (run["evaluations"][0] for run in numbers["runs"])
-    assert first == second  # the same initial weights
+    first, *others = (run["evaluations"][0] for run in numbers["runs"])
+    assert all(other == first for other in others)  # the same initial weights
 
 
 def test_text_bytes_are_the_ledgers_and_the_compiled_steps(text):
     process, folder = text
-    majority, lion = results(folder)["runs"]
+    muon, majority, lion, adamw = results(folder)["runs"]
     params = shapes("text", 84)
     assert majority["bytes_sent"] == 4 * wire_cost(params, 8).bytes_received
     assert lion["bytes_sent"] == 4 * full_precision_cost(params, 8).bytes_received
     assert 1.75 < majority["bits_per_parameter"] < 3
     assert lion["bits_per_parameter"] == pytest.approx(56)
-    assert majority["ledger_agrees"] is lion["ledger_agrees"] is True
-    assert process.stdout.count("ledger checked: ") == 2
+    assert muon["bytes_sent"] == majority["bytes_sent"]
+    assert adamw["bytes_sent"] == lion["bytes_sent"]
+    assert all(run["ledger_agrees"] is True for run in (muon, majority, lion, adamw))
+    assert process.stdout.count("ledger checked: ") == 4
 
 
 def test_same_seed_gives_the_same_losses(text, tmp_path):
     process = train(tmp_path, *TINY, "--methods", "majority", "--out", tmp_path / "deep" / "er")
     assert process.returncode == 0, process.stderr
     (again,) = results(tmp_path / "deep" / "er")["runs"]
-    majority = results(text[1])["runs"][0]
+    _, majority, *_ = results(text[1])["runs"]
     assert again["losses"] == majority["losses"]
     assert again["evaluations"] == majority["evaluations"]
 
@@ -186,7 +188,7 @@ def test_ctrl_c_writes_what_there_is(tmp_path):
         (["--learning-rate", "nan"], "--learning-rate: 'nan' is not a positive number"),
         (["--b2", "1"], "--b2: '1' is not a number in [0, 1)"),
         (["--weight-decay", "-1"], "--weight-decay: '-1' is not a number of at least 0"),
-        (["--methods", "lion,sgd"], "--methods: 'sgd' is not one of majority, average, lion"),
+        (["--methods", "lion,sgd"], "--methods: 'sgd' is not one of muon, majority, average, lion"),
         (["--methods", "lion,lion"], "--methods: 'lion,lion' names a method twice"),
         (["--task", "speech"], "--task: invalid choice: 'speech'"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),

@@ -162,6 +162,17 @@ def test_counts_the_operations_that_xla_counts():
     assert flops(shape, steps) == flops((2, 256, 64), steps)
 
 
+def test_flops_of_a_model():
+    """Of hidden matrices alone, stacks too, and spread over a period."""
+    params = {"w": jnp.zeros((8, 16)), "stack": jnp.zeros((3, 8, 16)), "embed": jnp.zeros((99, 9))}
+    params |= {"vector": jnp.zeros(7)}
+    one = 4 * 8 * 8 * 16 + 2 * 8**3
+    assert dl.newton_schulz_flops(params) == 5 * 4 * one
+    embedding = 4 * 81 * 99 + 2 * 729
+    assert dl.newton_schulz_flops(params, choose, ns_steps=3) == 3 * (one + embedding)
+    assert dl.newton_schulz_flops(params, period=2) == 10 * one
+
+
 # The vote.
 
 RULES = [

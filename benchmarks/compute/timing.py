@@ -40,12 +40,12 @@ def machine() -> dict[str, Any]:
     }
 
 
-def make_tree(millions: float, dtype: Any, key: int) -> dict[str, jax.Array]:
-    """Square matrices of 1024 x 1024 and a bias each, about the size asked for."""
-    count = max(1, round(millions * 1e6 / (1024 * 1025)))
+def make_tree(millions: float, dtype: Any, key: int, side: int = 1024) -> dict[str, jax.Array]:
+    """Square matrices and a bias each, about the size asked for."""
+    count = max(1, round(millions * 1e6 / (side * (side + 1))))
     keys = jax.random.split(jax.random.key(key), count)
-    tree = {f"w{i}": jax.random.normal(k, (1024, 1024), dtype) for i, k in enumerate(keys)}
-    return tree | {f"b{i}": jnp.ones((1024,), dtype) for i in range(count)}
+    tree = {f"w{i}": jax.random.normal(k, (side, side), dtype) for i, k in enumerate(keys)}
+    return tree | {f"b{i}": jnp.ones((side,), dtype) for i in range(count)}
 
 
 def paired(

@@ -14,21 +14,24 @@ from typing import Any, NoReturn
 
 from benchmarks.tasks import CORPUS
 
-METHODS = ("majority", "average", "lion", "adamw")
+METHODS = ("muon", "majority", "average", "lion", "adamw")
+COMPARED = ("muon", "majority", "lion", "adamw")  # where nothing is said
 CPU_WORKERS = 8
 
 # Rates near what searches found for smaller models (benchmarks/results); those of images come from
 # a few trials. `quick` replaces steps and evaluation by a smoke test's.
 PRESETS = {
     "text": {
-        "steps": 2000, "batch": 4, "eval_every": 200, "eval_rows": 1024,
+        "steps": 800, "batch": 4, "eval_every": 100, "eval_rows": 1024,
         "learning_rate": 5e-3, "weight_decay": 1.6,
         "adamw_learning_rate": 5e-3, "adamw_weight_decay": 0.24,
+        "muon_learning_rate": 1e-2, "muon_weight_decay": 0.4,
     },
     "images": {
         "steps": 1000, "batch": 16, "eval_every": 100, "eval_rows": 10_000,
         "learning_rate": 1e-3, "weight_decay": 0.1,
         "adamw_learning_rate": 2e-3, "adamw_weight_decay": 0.05,
+        "muon_learning_rate": 2e-3, "muon_weight_decay": 0.4,
     },
 }  # fmt: skip
 QUICK = {"text": {"steps": 60, "eval_every": 20, "eval_rows": 256}}
@@ -51,6 +54,8 @@ class Config:
     weight_decay: float
     adamw_learning_rate: float
     adamw_weight_decay: float
+    muon_learning_rate: float
+    muon_weight_decay: float
     b1: float
     b2: float
     seed: int
@@ -144,9 +149,9 @@ def _add_comparison(add: Add) -> None:
     add(
         "--methods",
         type=_methods,
-        default=("majority", "lion"),
+        default=COMPARED,
         metavar="NAMES",
-        help=f"comma-separated, of {', '.join(METHODS)} (default: majority,lion)",
+        help=f"comma-separated, of {', '.join(METHODS)} (default: {','.join(COMPARED)})",
     )
     workers = f"{CPU_WORKERS} virtual devices on a CPU, else every device there is"
     _whole_option(add, "--workers", 1, f"data-parallel workers, a device each (default: {workers})")
@@ -172,36 +177,30 @@ def _add_optimizers(add: Add) -> None:
         f"weight decay (default: {_preset('learning_rate')})",
     )
     add(
-        "--adamw-learning-rate",
-        type=_positive,
-        metavar="X",
-        help=f"peak learning rate of adamw (default: {_preset('adamw_learning_rate')})",
-    )
-    add(
         "--weight-decay",
         type=_from_zero,
         metavar="X",
         help=f"times the learning rate, a step (default: {_preset('weight_decay')})",
     )
-    add(
-        "--adamw-weight-decay",
-        type=_from_zero,
-        metavar="X",
-        help=f"the same of adamw (default: {_preset('adamw_weight_decay')})",
-    )
+    for name in ("muon", "adamw"):
+        rate, decay = f"{name}_learning_rate", f"{name}_weight_decay"
+        text = f"peak learning rate of {name} (default: {_preset(rate)})"
+        add(f"--{name}-learning-rate", type=_positive, metavar="X", help=text)
+        text = f"weight decay of {name} (default: {_preset(decay)})"
+        add(f"--{name}-weight-decay", type=_from_zero, metavar="X", help=text)
     add(
         "--b1",
         type=_fraction,
         default=0.9,
         metavar="X",
-        help="weight of the momentum in Lion's blend (default: 0.9; adamw keeps its own)",
+        help="weight of the momentum in Lion's blend (default: 0.9; muon and adamw have their own)",
     )
     add(
         "--b2",
         type=_fraction,
         default=0.99,
         metavar="X",
-        help="decay of Lion's momentum (default: 0.99; adamw keeps its own)",
+        help="decay of Lion's momentum (default: 0.99; muon and adamw have their own)",
     )
 
 
@@ -288,7 +287,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_comparison(parser.add_argument_group("comparison").add_argument)
     _add_optimizers(parser.add_argument_group("optimizers").add_argument)
-    _add_vote(parser.add_argument_group("vote of majority and average").add_argument)
+    _add_vote(parser.add_argument_group("vote of muon, majority and average").add_argument)
     _add_files(parser.add_argument_group("data and results").add_argument)
     _add_processes(parser.add_argument_group("several processes").add_argument)
     return parser

@@ -17,13 +17,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.demo.config import Config
-from benchmarks.tasks.models import spread
+from benchmarks.tasks.models import hidden, spread
 from distlion_jax import (
     Collective,
     WireCost,
     average_gradients,
     compiled_collectives,
     distributed_lion,
+    distributed_muon,
     full_precision_cost,
     init_state,
     make_pmap_train_step,
@@ -37,6 +38,7 @@ from distlion_jax.baselines import full_precision, full_precision_lion
 # A majority's update is as long as Lion's. An average's is shorter (workers disagree), so that it
 # wants a larger learning rate, with the pull of the weight decay left as it is.
 AVERAGE_FACTOR = 2.0
+ADAMW_BETAS = (0.8, 0.95)  # of the searches in benchmarks/results, which the usual ones trail
 FIGURES = 1024  # bytes that loss and vote health may add to a step
 
 
@@ -70,29 +72,42 @@ def make_optimizer(name: str, config: Config, workers: int) -> optax.GradientTra
     """The Optax transformation of each worker's own gradients."""
     if name == "adamw":
         schedule = warmup_cosine(config.adamw_learning_rate, config.steps)
-        return full_precision(optax.adamw(schedule, weight_decay=config.adamw_weight_decay))
+        decay = config.adamw_weight_decay
+        return full_precision(optax.adamw(schedule, *ADAMW_BETAS, weight_decay=decay))
     rate, decay = config.learning_rate, config.weight_decay
     if name == "lion":
         return full_precision_lion(
             warmup_cosine(rate, config.steps), config.b1, config.b2, weight_decay=decay
         )
-    factor = AVERAGE_FACTOR if name == "average" else 1.0
-    vote = distributed_lion(
-        warmup_cosine(factor * rate, config.steps),
-        config.b1,
-        config.b2,
-        weight_decay=decay / factor,
-        aggregation=name,  # type: ignore[arg-type]
-        allow_single_worker=workers == 1,
-        **_options(config),
-    )
+    options = _options(name, config)
+    if name == "muon":
+        vote = distributed_muon(
+            warmup_cosine(config.muon_learning_rate, config.steps),
+            weight_decay=config.muon_weight_decay,
+            muon_weight_dimension_numbers=hidden,
+            allow_single_worker=workers == 1,
+            **options,
+        )
+    else:
+        factor = AVERAGE_FACTOR if name == "average" else 1.0
+        vote = distributed_lion(
+            warmup_cosine(factor * rate, config.steps),
+            config.b1,
+            config.b2,
+            weight_decay=decay / factor,
+            allow_single_worker=workers == 1,
+            **options,
+        )
     if not config.dense_warmup:
         return vote
     return optax.chain(average_gradients("data", steps=config.dense_warmup), vote)
 
 
-def _options(config: Config) -> dict[str, Any]:
-    return {"transport": config.transport, "ties": config.ties, "ballot": config.ballot}
+def _options(name: str, config: Config) -> dict[str, Any]:
+    """Of the vote and of its cost."""
+    aggregation = "average" if name == "average" else "majority"
+    rest = {"transport": config.transport, "ties": config.ties, "ballot": config.ballot}
+    return {"aggregation": aggregation, **rest}
 
 
 def make_method(
@@ -100,10 +115,10 @@ def make_method(
 ) -> Method:
     """The named method, with a copy of the initial weights on every worker of the mesh."""
     workers = mesh.size
-    votes = name in ("majority", "average")
+    votes = name in ("muon", "majority", "average")
     tx = make_optimizer(name, config, workers)
     if votes:
-        cost = wire_cost(params, workers, aggregation=name, **_options(config))
+        cost = wire_cost(params, workers, **_options(name, config))
     else:
         cost = full_precision_cost(params, workers)
     dense_steps = config.dense_warmup if votes else 0

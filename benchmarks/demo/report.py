@@ -20,13 +20,17 @@ mpl.use("Agg")  # writes files, needs no display
 import matplotlib.pyplot as plt
 
 NAMES = {
+    "muon": "D-Muon, majority",
     "majority": "D-Lion, majority",
     "average": "D-Lion, average",
     "lion": "Lion, full precision",
     "adamw": "AdamW, full precision",
 }
-COLOURS = {"majority": "#0072b2", "average": "#009e73", "lion": "#d55e00", "adamw": "#7f7f7f"}
-MARKERS = {"majority": "o", "average": "^", "lion": "s", "adamw": "D"}
+COLOURS = {
+    "muon": "#cc79a7", "majority": "#0072b2", "average": "#009e73", "lion": "#d55e00",
+    "adamw": "#7f7f7f",
+}  # fmt: skip
+MARKERS = {"muon": "P", "majority": "o", "average": "^", "lion": "s", "adamw": "D"}
 
 
 def cores() -> int:

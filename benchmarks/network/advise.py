@@ -29,11 +29,13 @@ VOTES = {
     "majority": {},
     "average": {"aggregation": "average"},
 }
+MUON = "D-Muon majority, coin ties"  # where the width of the matrices is known
 SURVEY_MODELS = {"125m": 125e6, "1.3b": 1.3e9, "7b": 7e9, "70b": 70e9}
 SURVEY_WORKERS = (8, 64, 512, 4096)
 SURVEY_LINKS = {"400 Gbit/s": 400e9, "25 Gbit/s": 25e9, "1 Gbit/s": 1e9}
 SURVEY_LATENCY = 10e-6
 FLOPS_PER_WEIGHT = 6  # a token, forward and backward
+NS_PER_WEIGHT = 30  # times the smaller side of its matrix: five steps of Newton and Schulz
 
 
 def number(
@@ -92,7 +94,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--tokens", type=_count, metavar="N",
         help="a worker and step: estimates the step time (6 FLOP a token and weight)")  # fmt: skip
     add("--flops", type=_flops, default=4e14, metavar="X",
-        help="that a worker does a second, with --tokens (default: 400t)")  # fmt: skip
+        help="that a worker does a second, with --tokens or --width (default: 400t)")  # fmt: skip
+    add("--width", type=_count, metavar="N",
+        help="smaller side of the hidden matrices: adds a row for distributed_muon, which "
+        "orthogonalises them")  # fmt: skip
     add("--overlap", type=_share, default=forecast.OVERLAP, metavar="X",
         help="share of a step that hides an all-reduce; 0 on CPU (default: 0.67)")  # fmt: skip
     add("--codec", type=_time, default=forecast.CODEC, metavar="T",
@@ -137,6 +142,11 @@ def compute_seconds(parameters: float, args: argparse.Namespace) -> float:
     return FLOPS_PER_WEIGHT * parameters * args.tokens / args.flops
 
 
+def orthogonalising_seconds(parameters: float, args: argparse.Namespace) -> float:
+    """Seconds of Newton and Schulz, as if all parameters were in matrices of that width."""
+    return NS_PER_WEIGHT * args.width * parameters / args.flops
+
+
 def forecasts(
     parameters: float, workers: int, link: Link, compute: float, args: argparse.Namespace
 ) -> dict[str, Forecast]:
@@ -150,6 +160,11 @@ def forecasts(
         out[name] = forecast.forecast_vote(
             size, workers, link, compute, codec=args.codec, **options
         )
+    if args.width:
+        out[MUON] = forecast.forecast_vote(
+            size, workers, link, compute, codec=args.codec, ties="coin",
+            newton_schulz=orthogonalising_seconds(size, args),
+        )  # fmt: skip
     return out
 
 
@@ -295,6 +310,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     print(table(steps))
     print(f"\n{verdict(steps, up_to)}")
+    if args.width:
+        extra = orthogonalising_seconds(args.parameters, args)
+        print(
+            f"Orthogonalising takes {seconds(extra)} a step, {extra / args.step_time:.0%} of the "
+            "rest; period=2 takes half of it, ns_steps=3 three fifths. It trains better a step: "
+            "see the README."
+        )
     print(
         f"Parameters, gradient and momentum take {12 * args.parameters / 1e9:,.1f} GB a worker in "
         "float32: they are not sharded."

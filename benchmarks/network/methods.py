@@ -2,7 +2,9 @@
 """What network.run compares, by the names that its tables use; imports nothing."""
 
 DENSE = {"lion fp32": "f32", "lion bf16": "bf16"}  # dtype of the all-reduced gradients
-VOTES: dict[str, dict[str, object]] = {  # options of distributed_lion
+from typing import Any
+
+VOTES: dict[str, dict[str, Any]] = {  # options of distributed_lion
     "majority": {},
     "majority, 8 chunks": {"chunks": 8},
     "majority, coin": {"ties": "coin"},

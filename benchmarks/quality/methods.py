@@ -15,6 +15,7 @@ import optax
 import distlion_jax as dl
 from benchmarks.quality import trials
 from benchmarks.quality.constant_votes import constant_vote
+from benchmarks.tasks.models import hidden
 from distlion_jax.baselines import (
     QSGD,
     Compressor,
@@ -29,7 +30,6 @@ from distlion_jax.baselines import (
     sign_muon,
     sign_sgd,
 )
-from distlion_jax.matrices import NOT_HIDDEN
 
 Tx = optax.GradientTransformationExtraArgs
 DENSITY = 0.04  # of GradDrop and DGC, as in the paper's comparison
@@ -77,11 +77,6 @@ SGDM = Optimizer(lambda: optax.trace(0.9), 3e-2, 1e-3)
 SGD = Optimizer(optax.identity, 0.3, 1e-3)
 MUON = (0.95, 0.95)  # beta of the momentum, and Adam's b2
 MUON_ADAM_B1 = 0.8
-
-
-def hidden(params: Any) -> Any:
-    """The hidden matrices of the models: not their heads, which Flax calls Dense_0, nor places."""
-    return dl.hidden_matrices(params, NOT_HIDDEN + "|^Dense_0/|^places$")
 
 
 def _after(average: Callable[[int], Any], optimizer: Optimizer, cost: Any) -> Method:

@@ -16,7 +16,9 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import distlion_jax as dl
 from benchmarks.tasks.data import CONTEXT, Batch, Data
+from distlion_jax import matrices
 
 # A small head starts the loss at log(classes); at the usual scale it starts higher.
 SMALL = nn.initializers.normal(0.02)
@@ -109,6 +111,15 @@ class ConvNet(nn.Module):
         x = nn.relu(nn.Conv(32, (3, 3), strides=2)(x))
         x = nn.relu(nn.Dense(128)(x.reshape(len(x), -1)))
         return nn.Dense(self.classes, kernel_init=SMALL)(x)
+
+
+def hidden(params: Any) -> Any:
+    """The hidden matrices of these models, for Muon and for votes like Muon.
+
+    Flax has named the head: it is the last dense layer outside of a block.
+    """
+    head = max(name for name in params if name.startswith("Dense_"))
+    return dl.hidden_matrices(params, rf"{matrices.NOT_HIDDEN}|^{head}/|^places$")
 
 
 def make_model(task: str, data: Data) -> nn.Module:
