@@ -75,7 +75,7 @@ def passes(compiled: Any, parameters: int, item: int) -> float:
 def votes(muon: bool) -> dict[str, optax.GradientTransformation]:
     """What is timed beside Optax; with muon also ballots that are orthogonalised."""
     rest: Any = {"weight_decay": WD, "allow_single_worker": True}
-    out = {
+    out: dict[str, optax.GradientTransformation] = {
         "distributed_lion": distributed_lion(LR, **rest),
         "distributed_lion, coin": distributed_lion(LR, ties="coin", **rest),
     }

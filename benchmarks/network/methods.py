@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What network.run compares, by the names that its tables use; imports nothing."""
+"""What network.run compares, by the names that its tables use; imports nothing slow."""
 
-DENSE = {"lion fp32": "f32", "lion bf16": "bf16"}  # dtype of the all-reduced gradients
 from typing import Any
 
+DENSE = {"lion fp32": "f32", "lion bf16": "bf16"}  # dtype of the all-reduced gradients
 VOTES: dict[str, dict[str, Any]] = {  # options of distributed_lion
     "majority": {},
     "majority, 8 chunks": {"chunks": 8},
