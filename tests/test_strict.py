@@ -28,6 +28,8 @@ PARTS = {
     "labels": lambda: dl.distributed_lion_by_label(
         0.1, {"w": "majority", "b": "full", "h": "average"}
     ),
+    "orthogonalised": lambda: dl.distributed_muon(0.1, rest_factor=0.5, mu_dtype=jnp.bfloat16),
+    "orthogonalised now and then": lambda: dl.distributed_muon(0.1, period=2, noise=1.0),
     "synchronized": lambda: dl.synchronize_momentum(dl.distributed_lion(0.1), 2),
     "accumulated": lambda: optax.MultiSteps(dl.distributed_lion(0.1), 2),
     "averaged": lambda: optax.chain(dl.average_gradients(max_weight=3), FOLLOWS),

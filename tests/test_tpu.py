@@ -120,6 +120,7 @@ def main(file):
         name: read(compiled_step(mesh, dl.distributed_lion(1e-3, **options)))
         for name, options in STEPS.items()
     }
+    programs["orthogonalised"] = read(compiled_step(mesh, dl.distributed_muon(1e-3)))
     for name, compressor in BASELINES.items():
         tx = optax.chain(compressed_average(compressor), dl.replicated(optax.sgd(0.1, 0.9)))
         programs[name] = read(compiled_step(mesh, tx))
@@ -164,10 +165,10 @@ def beside(found, expected):
     return list(rest.elements())
 
 
-@pytest.mark.parametrize("name", [name for name in STEPS if name != "psum"])
+@pytest.mark.parametrize("name", ["orthogonalised", *(name for name in STEPS if name != "psum")])
 def test_train_step_moves_what_is_predicted(programs, name):
     found = programs[name]["collectives"]
-    cost = dl.wire_cost(shapes(MODEL), N, **STEPS[name])
+    cost = dl.wire_cost(shapes(MODEL), N, **STEPS.get(name, {}))
     rest = beside(found, cost.collectives)
     assert {c.op for c in rest} == {"all-reduce"}
     assert 0 < sum(c.bytes_received for c in rest) < METRICS_BYTES

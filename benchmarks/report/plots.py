@@ -12,15 +12,17 @@ from benchmarks.report.tables import titled, unit
 from benchmarks.rows import GROUPS, Found, Row, names_of, quality, skew_of
 
 COLOURS = {
+    "orthogonal": "RdPu",
     "vote": "Blues",
     "constants": "Greens",
     "full precision": "Greys",
     "compressed": "Oranges",
 }
 MARKERS = "os^Dv<>Pp*Xhd"
-THICK = ("D-Lion majority", "D-Lion average")
+THICK = ("D-Muon majority", "D-Lion majority", "D-Lion average")
 FEW = (  # what lines are drawn of where all would be too many
-    *THICK, "signSGD majority", "Lion", "AdamW", "QSGD + AdamW", "EF-signSGD", "PowerSGD + AdamW",
+    *THICK, "signSGD majority", "Lion", "AdamW", "Muon", "QSGD + AdamW", "EF-signSGD",
+    "PowerSGD + AdamW",
 )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fills the README's tables of training from benchmarks/results; a test says when they are stale.
+"""Fills the pages' tables of training from benchmarks/results; a test says when they are stale.
 
-    python -m benchmarks.report.readme
+    python -m benchmarks.report.readme          # README.md and docs/*.md
 
 A table stands between ``<!-- results: NAME -->`` and ``<!-- end of results -->``.
 """
@@ -9,8 +9,9 @@ A table stands between ``<!-- results: NAME -->`` and ``<!-- end of results -->`
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.cli import UsageError, command_line, guarded
 from benchmarks.report import rare_rows, resize
@@ -51,28 +52,60 @@ def compared(name: str, numbers: tuple[int, ...], bits_at: int) -> Callable[[Evi
     return write
 
 
-def gains(base: str, *others: str) -> Callable[[Evidence], str]:
+class Column(NamedTuple):
+    """Of a table over several files: qualities of one task at one number of workers."""
+
+    heading: str
+    name: str  # the file
+    task: str
+    workers: int
+
+
+def side_by_side(*columns: Column, bits: Column) -> Callable[[Evidence], str]:
+    """A row a method: its bits in one of the columns, and its quality in each."""
+
+    def write(ev: Evidence) -> str:
+        found = {column: ev.runs(column.task, name=column.name) for column in (bits, *columns)}
+        methods = names_of(
+            key for column, some in found.items() for key in some if key[1] == column.workers
+        )
+
+        def cells(method: str) -> Iterator[str]:
+            rows = [*found[bits].get((method, bits.workers), {}).values()]
+            yield f"{rows[0]['bits']:.1f}" if rows else "not run"
+            for c in columns:
+                yield score(found[c], method, c.workers, c.task)
+
+        heads = ["method", bits.heading, *(c.heading for c in columns)]
+        return table(heads, ([name, *cells(name)] for name in methods))
+
+    return write
+
+
+def gains(
+    base: str, *others: str, name: str = "compare.jsonl", tasks: Sequence[str] = tuple(UNITS)
+) -> Callable[[Evidence], str]:
     """What others gain over a method, paired by seed, and half of a 95 % interval."""
 
     def write(ev: Evidence) -> str:
         found = {
-            (task, name): standing(ev.runs(task), task, name, base)
-            for task in UNITS
-            for name in others
+            (task, other): standing(ev.runs(task, name=name), task, other, base)
+            for task in tasks
+            for other in others
         }
         columns = [
             (task, n)
-            for task in UNITS
-            for n in sorted({n for name in others for n in found[task, name].by_workers})
+            for task in tasks
+            for n in sorted({n for other in others for n in found[task, other].by_workers})
         ]
 
-        def cells(name: str) -> Iterator[str]:
+        def cells(other: str) -> Iterator[str]:
             for task, n in columns:
-                one = found[task, name].by_workers.get(n)
-                yield found[task, name].figure(*one) if one else ""
+                one = found[task, other].by_workers.get(n)
+                yield found[task, other].figure(*one) if one else ""
 
         heads = [f"{UNITS[task]}, n = {n}" for task, n in columns]
-        return table([f"gain over {base}", *heads], ([name, *cells(name)] for name in others))
+        return table([f"gain over {base}", *heads], ([other, *cells(other)] for other in others))
 
     return write
 
@@ -123,6 +156,11 @@ TABLES: dict[str, Callable[[Evidence], str]] = {
 }
 
 
+def pages() -> list[Path]:
+    """The README and the guides."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
 def fill(text: str, ev: Evidence) -> str:
     """A page with its tables as the results have them."""
 
@@ -139,15 +177,20 @@ def fill(text: str, ev: Evidence) -> str:
 
 
 def run(args: argparse.Namespace) -> str:
-    """Writes the page."""
-    args.page.write_text(fill(args.page.read_text(), Evidence(args.results)))
-    return f"{args.page} filled"
+    """Writes the pages that have tables."""
+    ev, filled = Evidence(args.results), []
+    for page in args.page:
+        text = page.read_text()
+        if BLOCK.search(text):
+            page.write_text(fill(text, ev))
+            filled.append(str(page))
+    return f"filled: {', '.join(filled)}"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     p = command_line(__doc__)
-    p.add_argument("--page", type=Path, default=ROOT / "README.md")
+    p.add_argument("--page", type=Path, nargs="+", default=pages(), help="pages to fill")
     p.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
     return p.parse_args(argv)
 

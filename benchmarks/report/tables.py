@@ -58,15 +58,21 @@ def qualities(found: Found, task: str, edge: dict[str, set[str]]) -> str:
         *(f"bits, n = {n}" for n in ns[:: len(ns) - 1 or 1]),
     ]
     head += ["learning rate", "weight decay"]
+    with_betas = any(row.get("betas") for some in found.values() for row in some.values())
+    head += ["betas"] * with_betas
 
     def line(name: str) -> list[str]:
         cells = [score(found, name, n, task) for n in ns]
         some = {n: next(iter(found[name, n].values())) for n in ns if (name, n) in found}
         bits = [f"{some[n]['bits']:.2f}" if n in some else "" for n in ns[:: len(ns) - 1 or 1]]
         one = next(iter(some.values()))
-        rates = [f"{one[k]:.2g}{' (edge)' * (k in edge.get(name, ()))}"
+        at_edge = edge.get(name, set())
+        rates = [f"{one[k]:.2g}{' (edge)' * (k in at_edge)}"
                  for k in ("learning_rate", "weight_decay")]  # fmt: skip
-        return [name, *cells, *bits, *rates]
+        betas = [f"{b:.4g}{' (edge)' * (f'b{i}' in at_edge)}"
+                 for i, b in enumerate(one.get("betas") or (), start=1)]  # fmt: skip
+        shown = ", ".join(betas) or "published"
+        return [name, *cells, *bits, *rates, *[shown] * with_betas]
 
     return table(head, (line(name) for name in names_of(found)))
 
