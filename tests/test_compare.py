@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import distlion_jax as dl
+from distlion_jax import reference
 from tests.helpers import BENCHMARKS, benchmark, benchmark_command
 
 SIZE = {"steps": 3, "batch": 2, "layers": 1, "width": 32, "eval_rows": 32}
@@ -57,7 +58,16 @@ def in_a_mesh(train, chosen, task, n, seed, rate, decay):
     return losses
 
 
-SLOW = ("AdamW", "QSGD + AdamW", "EF-signSGD", "TernGrad", "DGC", "PowerSGD")
+SLOW = (
+    "D-Muon majority",
+    "Muon",
+    "AdamW",
+    "QSGD + AdamW",
+    "EF-signSGD",
+    "TernGrad",
+    "DGC",
+    "PowerSGD",
+)
 METHODS = (
     "D-Lion majority",
     *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
@@ -98,6 +108,72 @@ def test_search_spends_its_budget_near_the_best(compare):
     best = min(jobs, key=loss)
     assert best.learning_rate == pytest.approx(9e-3)
     assert best.weight_decay == pytest.approx(0.1)
+
+
+def test_search_moves_betas_by_what_they_leave_up_to_1(compare):
+    def loss(job):  # least at b1 0.8, b2 0.96, rates as they are
+        rates = np.log(job.learning_rate / 1e-3) ** 2 + np.log(job.weight_decay / 0.1) ** 2
+        return rates + abs(job.betas[0] - 0.8) + abs(job.betas[1] - 0.96)
+
+    seen, jobs = {}, []
+    start = job("D-Lion majority", 8, 1000, 1e-3, 0.1, (0.9, 0.98))
+    for place, one in compare.search(start, 24, seen):
+        jobs.append(one)
+        seen[place] = loss(one)
+    assert len(set(jobs)) == 24
+    best = min(jobs, key=loss)
+    assert best.betas == pytest.approx((0.8, 0.96))
+    rows = [one._asdict() | {"kind": kind, "task": "text"}
+            for kind, some in (("trial", jobs), ("run", [best])) for one in some]  # fmt: skip
+    assert benchmark("rows").edges(rows, "text", "iid") == {}  # the best lies inside
+    last = max(jobs, key=lambda one: one.betas[1])._asdict() | {"task": "text"}
+    assert "b2" in benchmark("rows").edges([*rows[:-1], last], "text", "iid")["D-Lion majority"]
+
+
+def test_what_was_not_searched_has_no_edge():
+    rows = [job("Lion", 8, 1, rate, 0.1, (0.9, 0.99))._asdict() | {"kind": kind, "task": "text"}
+            for kind, rate in (("trial", 1e-3), ("trial", 3e-3), ("run", 1e-3))]  # fmt: skip
+    assert benchmark("rows").edges(rows, "text", "iid") == {"Lion": {"learning_rate"}}
+
+
+def test_rows_of_searches_that_left_betas_alone_are_read_as_such(compare, tmp_path):
+    runs = benchmark("rows")
+    row = job("Lion", 8, 42, 1e-3, 0.1)._asdict() | {"task": "text", "format": runs.FORMAT}
+    del row["betas"]
+    (tmp_path / "old.jsonl").write_text(json.dumps(row) + "\n")
+    assert runs.job_of(row).betas is None
+    found = runs.Results(tmp_path / "old.jsonl")
+    assert found.find(job("Lion", 8, 42, 1e-3, 0.1), "text")
+    assert not found.find(job("Lion", 8, 42, 1e-3, 0.1, (0.9, 0.99)), "text")
+    earlier = compare._chosen(str(tmp_path / "old.jsonl"))
+    assert compare.beginning(earlier, "text", "Lion") == (1e-3, 0.1, (0.9, 0.98))
+    assert compare.beginning(earlier, "text", "SGD momentum")[2] is None
+
+
+def by_two_workers(tx, grads, params):
+    return jax.vmap(lambda g: tx.update(g, tx.init(params), params)[0], axis_name="data")(grads)
+
+
+def test_trials_begin_as_they_say():
+    """The first step of each, where errors and momenta are zero."""
+    trials, rng = benchmark("quality.trials"), np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(6, 9)), jnp.float32), "b": jnp.ones(3)}
+    grads = {k: jnp.asarray(rng.normal(size=(2, *v.shape)), jnp.float32) for k, v in params.items()}
+    numbers = dl.hidden_matrices
+    options = dict(weight_decay=0.0, chosen=numbers)
+    want = by_two_workers(dl.distributed_muon(1.0, weight_decay=0.0), grads, params)
+    for make in (trials.fed_back, trials.cautious):
+        got = by_two_workers(make(1.0, **options), grads, params)
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+    decayed = by_two_workers(trials.cautious(1.0, weight_decay=0.5, chosen=numbers), grads, params)
+    for k, x in params.items():
+        same = np.sign(-want[k]) == np.sign(x)
+        np.testing.assert_allclose(decayed[k], want[k] - 0.5 * x * same, rtol=1e-6)
+    owned = by_two_workers(trials.owner_momentum(1.0, **options), grads, params)
+    mean = {k: np.sign(g).mean(0) for k, g in grads.items()}
+    matrix = np.sign(reference.newton_schulz(mean["w"]))
+    np.testing.assert_allclose(owned["w"][0], -0.2 * matrix, rtol=1e-6)
+    np.testing.assert_allclose(owned["b"][0], -0.5 * np.sign(mean["b"]), rtol=1e-6)
 
 
 def test_half_a_line_goes_when_the_next_is_written_and_not_before(tmp_path):

@@ -34,6 +34,9 @@ from benchmarks.rows import names_of, quality, skew_of
 ROOT = Path(__file__).resolve().parents[2]
 COMPARE = "`python -m benchmarks.quality.compare`"
 MAJORITY, AVERAGE, LION, ADAMW = "D-Lion majority", "D-Lion average", "Lion", "AdamW"
+OURS, MUON = "D-Muon majority", "Muon"
+HEADLINE, VARIANTS = "headline.jsonl", "headline_variants.jsonl"
+TEXT = ("text",)
 Finding = tuple[str, str]  # verdict, what came out
 Find = Callable[[Evidence], Finding]
 
@@ -55,11 +58,17 @@ def on_par(s: Standing) -> bool | None:
     return s.on_par
 
 
-def stands(method: str, base: str, holds: Callable[[Standing], bool | None]) -> Find:
+def stands(
+    method: str,
+    base: str,
+    holds: Callable[[Standing], bool | None],
+    name: str = "compare.jsonl",
+    tasks: Sequence[str] = tuple(UNITS),
+) -> Find:
     """That a method stands so to another, on images and on text."""
 
     def find(ev: Evidence) -> Finding:
-        both = ev.beside(method, base)
+        both = ev.beside(method, base, name, tasks)
         text = f"{method} beside {base}: " + "; ".join(map(str, both))
         return verdict([*map(holds, both)]), text
 
@@ -219,6 +228,27 @@ def unlike(ev: Evidence) -> Finding:
     )
 
 
+def ours(name: str, others: Sequence[str], tasks: Sequence[str] = TEXT) -> Find:
+    """That orthogonalised ballots are ahead of others, in a file of results."""
+    return all_of(*(stands(OURS, other, surely("ahead"), name, tasks) for other in others))
+
+
+def variants(*names: str, base: str = OURS) -> Find:
+    """Variants of orthogonalised ballots beside them."""
+
+    def find(ev: Evidence) -> Finding:
+        texts = []
+        for name in names:
+            try:
+                (one,) = ev.beside(name, base, VARIANTS, TEXT)
+                texts.append(f"{name}: {one.short}")
+            except Missing:
+                texts.append(f"{name}: not measured yet")
+        return "measured", f"Text, n = 8, beside {base}: " + "; ".join(texts)
+
+    return find
+
+
 def works(ev: Evidence) -> Finding:
     """The vote beside Lion, where each worker holds whole works."""
     found = standing(ev.runs("text", "groups", "unlike.jsonl"), "text", MAJORITY, LION)
@@ -348,6 +378,50 @@ OBJECTIONS: list[tuple[str, Find, str]] = [
 ]  # fmt: skip
 
 
+FOUR = (ADAMW, LION, MAJORITY, MUON)
+METHODS = " ".join(f'"{name}"' for name in (OURS, MUON, ADAMW, MAJORITY, LION))
+
+
+def searched(rest: str, out: str) -> str:
+    """The command of a comparison in which betas are searched too."""
+    return (
+        f"`python -m benchmarks.quality.compare --betas --methods {METHODS} {rest} --out "
+        f"runs/{out}`"
+    )
+
+
+AGAIN = "--start-from benchmarks/results/headline.jsonl"
+ADDED: list[tuple[str, Find, str]] = [
+    ("Ahead of the majority of plain signs", ours(HEADLINE, [MAJORITY], tuple(UNITS)),
+     searched("--budget 24 --workers 2 4 8 16 32 --seeds 42 52 62 72 82 92 --start-from "
+              "benchmarks/results/compare.jsonl", "headline")),
+    ("Ahead of Lion in full precision", ours(HEADLINE, [LION], tuple(UNITS)), "the same"),
+    ("Ahead of AdamW in full precision, betas searched", ours(HEADLINE, [ADAMW], tuple(UNITS)),
+     "the same"),
+    ("On par with Muon in full precision", stands(OURS, MUON, on_par, HEADLINE), "the same"),
+    ("And in 4,000 steps?", ours("headline_4000.jsonl", FOUR),
+     searched(f"--task text --steps 4000 --workers 8 --budget 5 {AGAIN}", "4000")),
+    ("And in 16,000?", ours("headline_16000.jsonl", FOUR),
+     searched("--task text --steps 16000 --workers 8 --budget 1 --start-from "
+              "benchmarks/results/headline_4000.jsonl", "16000")),
+    ("On another corpus?", ours("headline_kjv.jsonl", FOUR),
+     "`python -m benchmarks.tasks.kjv`, then "
+     + searched(f"--task text --corpus runs/kjv.txt.gz --workers 8 --budget 5 {AGAIN}", "kjv")),
+    ("With a model of 0.4 M parameters?", ours("headline_example.jsonl", FOUR),
+     searched(f"--task text --size example --workers 8 --budget 9 {AGAIN}", "example")),
+    ("With a model of 1.6 M parameters?", ours("headline_wide.jsonl", (ADAMW, MUON)),
+     searched(f"--task text --size wide --workers 8 --budget 5 {AGAIN}", "wide")),
+    ("What does it cost to orthogonalise less, or to toss coins at ties?",
+     variants("D-Muon majority, coin", "D-Muon majority, 3 steps", "D-Muon majority, bfloat16",
+              "D-Muon majority, period 2", "D-Muon majority, period 4"),
+     f"the same methods' variants, `--budget 5 --workers 8 {AGAIN}`"),
+    ("What else was tried?",
+     variants("D-SignMuon majority", "D-Muon average", "D-Muon majority, cautious",
+              "D-Muon majority, error feedback", "D-Muon owner"),
+     "the same; benchmarks/quality/trials.py"),
+]  # fmt: skip
+
+
 def page(ev: Evidence) -> str:
     """The page."""
 
@@ -389,6 +463,13 @@ intervals, about one in twenty will miss by chance.
 ## Objections of its reviewers
 
 {table(head, lines(OBJECTIONS))}
+
+## What orthogonalised ballots add
+
+Here every method searched its betas as well, with the same number of trials. "In part" is on one
+of the two tasks, or beside some of the others.
+
+{table(head, lines(ADDED))}
 """
 
 

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,6 +159,12 @@ class Evidence:
             raise Missing(f"several splits of {task} in {name}")
         return found[task]
 
-    def beside(self, method: str, base: str, name: str = "compare.jsonl") -> list[Standing]:
-        """A method beside another on images and on text."""
-        return [standing(self.runs(task, name=name), task, method, base) for task in UNITS]
+    def beside(
+        self,
+        method: str,
+        base: str,
+        name: str = "compare.jsonl",
+        tasks: Sequence[str] = tuple(UNITS),
+    ) -> list[Standing]:
+        """A method beside another on each task."""
+        return [standing(self.runs(task, name=name), task, method, base) for task in tasks]
