@@ -63,6 +63,7 @@ import importlib
 from typing import Any
 
 from distlion_jax import _old_paths
+from distlion_jax._batches import newton_schulz_flops
 from distlion_jax._rules import TRANSPORTS
 from distlion_jax._version import __version__ as __version__
 from distlion_jax._vote.turnout import MeanHealth
@@ -85,7 +86,7 @@ from distlion_jax.lion import (
     distributed_lion,
     scale_by_distributed_lion,
 )
-from distlion_jax.matrices import hidden_matrices, newton_schulz_flops
+from distlion_jax.matrices import hidden_matrices
 from distlion_jax.muon import distributed_muon, scale_by_distributed_muon
 from distlion_jax.policy import distributed_lion_by_label, wire_cost_by_label
 from distlion_jax.resume import (

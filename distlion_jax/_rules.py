@@ -51,17 +51,22 @@ def concrete_value(value: Any) -> np.ndarray | None:
     return None if isinstance(value, Tracer) else np.asarray(value)
 
 
+def _is_scalar(number: np.ndarray) -> bool:
+    """Whether it is one real number, and not a function or a string."""
+    return number.ndim == 0 and np.isrealobj(number) and number.dtype.kind not in "OSU"
+
+
 def check_fraction(name: str, value: Any) -> None:
     """Raises unless a number lies in [0, 1); a traced one is let through."""
     number = concrete_value(value)
-    if number is not None and not (number.ndim == 0 and 0.0 <= number < 1.0):
+    if number is not None and not (_is_scalar(number) and 0.0 <= number < 1.0):
         raise ValueError(f"`{name}` must lie in [0, 1); got {value!r}.")
 
 
 def check_from_zero(name: str, value: Any) -> None:
     """Raises unless a number is finite and at least 0; None and a traced one are let through."""
     number = None if value is None else concrete_value(value)
-    if number is not None and not (number.ndim == 0 and 0 <= number < float("inf")):
+    if number is not None and not (_is_scalar(number) and 0 <= number < float("inf")):
         raise ValueError(f"`{name}` must be a finite number of at least 0; got {value!r}.")
 
 

@@ -1,50 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which leaves are hidden matrices, and which of their axes a matrix multiplies.
+"""Which leaves of a model are hidden matrices, told by their paths and shapes.
 
-In:  parameters, and what a user says of them in the convention of ``optax.contrib.muon``: a tree of
-     ``MuonDimensionNumbers``, or None for a leaf that is no hidden matrix.
-Out: leaves as batches of matrices, and back.
+In:  parameters. Out: a tree in the convention of ``optax.contrib.muon``: ``MuonDimensionNumbers``
+     for a hidden matrix, None for any other leaf.
+
+A leaf of three axes can be a stack of matrices, or one matrix whose heads lie apart. Shapes of
+other leaves tell the two apart where they can; where not, the user is asked.
 """
 
-import math
 import re
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 from optax.contrib import MuonDimensionNumbers
 
-from distlion_jax._orthogonal import flops
-from distlion_jax._rules import by_params
+__all__ = ["NOT_HIDDEN", "hidden_matrices"]
 
-__all__ = ["NOT_HIDDEN", "hidden_matrices", "newton_schulz_flops"]
-
-Choice = Any | Callable[[Any], Any] | None  # what `muon_weight_dimension_numbers` may be
-
-# Searched in a leaf's path, such as "blocks/0/mlp/kernel". A component "head" or "lm_head" is one,
-# "multi_head" and "heads" are attention.
-NOT_HIDDEN = (
-    r"(?i:embed|logit|classif|vocab|norm)"
-    r"|(^|[/_])emb([/_]|$)"
-    r"|(^|/)(?!multi_)(\w+_)?head(_?\d+)?(/|$)"
-    r"|(^|/)(wte|wpe|pos|position\w*)(/|$)"
-    r"|(^|/)(bias|scale|offset|gamma|beta|b)(/value)?$"
+# Searched in a leaf's path, such as "blocks/0/mlp/kernel". All but heads are looked for in the last
+# two names alone: a norm inside of "PreNormBlock_0/..." says nothing of the layers beside it.
+_LAST = r"(^|/)(?=[^/]+(/[^/]+)?$)"  # begins one of the last two names
+NOT_HIDDEN = "|".join(
+    (
+        _LAST + r"[^/]*(?i:embed|logit|vocab|classifier)",
+        _LAST + r"([^/]*_)?(emb|embs|tokemb|posemb)(_|/|$)",
+        _LAST + r"([^/]*(norm|Norm)|ln|rms)(_?\w?\d*)(/|$)",
+        _LAST + r"(wte|wpe|pos|position|positional|score|readout|qa_outputs|W_E|W_U|W_pos)(/|$)",
+        r"(^|/)((lm|mlp|cls|output|classification|policy|value)_?)?head(/|$)",
+        r"(^|/)(LM|Policy|Value|Output|Mlp|MLP)Head(_\d+)?(/|$)",
+        r"(bias|scale|offset|gamma|beta|gain|table|tokens?|prompts?|latents|codebook|_log)[^/]*$",
+        r"(^|/)(b|b\w|g)$",
+    )
 )
-_ATTENTION = re.compile(r"^(.*/|)(query|key|value|out)(/kernel.*)$")  # Flax's names
+_VECTOR = re.compile(
+    r"(bias|scale|offset|gamma|beta|gain)[^/]*$|(^|/)(b|g)$|(norm|Norm|ln)\w*/\w+$"
+)
+_ATTENTION = re.compile(r"^(.*/|)(query|key|value|out)(/kernel)$")  # Flax's names
+_CONVOLUTION = re.compile(r"(?i:conv)[^/]*/[^/]*$")
+Shape = tuple[int, ...]
 
 
 def hidden_matrices(params: Any, exclude: str = NOT_HIDDEN) -> Any:
     """The leaves that :func:`distlion_jax.distributed_muon` orthogonalises by default.
 
-    They are the floating-point leaves of two axes, and of three as a stack of matrices
-    ``[layers, rows, columns]`` (``nn.scan``, ``nnx.vmap``), less those with a path that says
-    otherwise: embeddings, heads, norms, biases. Kernels of Flax's attention, ``[width, heads,
-    features]``, are one matrix each. All other leaves, such as convolutions, are left out.
+    They are the floating-point leaves of two axes, less those with a path that says otherwise:
+    embeddings, heads, norms, biases. Two kinds of leaves with more axes count too:
 
-    A head that Flax has named ``Dense_0`` cannot be told from a hidden layer: name it, or exclude
-    it here.
+    * Stacks of matrices, ``[layers, rows, columns]``, as ``nn.scan`` and ``nnx.vmap`` make them,
+      with the layers on the first axis or the second. The norms and biases beside them tell: they
+      have an axis of layers as well.
+    * Kernels of Flax's attention, ``[width, heads, features]``. Each is one matrix.
+
+    All other leaves are left out. Convolutions are among them.
+
+    A head that Flax has named ``Dense_0`` cannot be told from a hidden layer, nor can anything in a
+    tree without names. Name it, exclude it here, or give the tree.
 
     Args:
       params: tree of arrays or ``jax.ShapeDtypeStruct``.
@@ -54,7 +65,7 @@ def hidden_matrices(params: Any, exclude: str = NOT_HIDDEN) -> Any:
       A tree as ``params``: ``optax.contrib.MuonDimensionNumbers``, or None for the other leaves.
 
     Raises:
-      ValueError: for attention kernels that could be a stack as well.
+      ValueError: for a leaf of three axes that can be a stack as well as one matrix.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -66,145 +77,109 @@ def hidden_matrices(params: Any, exclude: str = NOT_HIDDEN) -> Any:
       None
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-    shapes = {jax.tree_util.keystr(p, simple=True, separator="/"): jnp.shape(x) for p, x in leaves}
+    if len(leaves) == 1 and not leaves[0][0] and jnp.ndim(leaves[0][1]) == 0:
+        raise ValueError(
+            f"`params` is a single number, {leaves[0][1]!r}: optax.inject_hyperparams takes a "
+            "function for a schedule and calls it with the step. Name it in "
+            "static_args=('muon_weight_dimension_numbers',)."
+        )
+    # nnx has the array in a field of its own.
+    names = [_name(path).removesuffix("/value") for path, _ in leaves]
+    shapes = [jnp.shape(x) if _is_float(x) else () for _, x in leaves]
+    known = list(zip(names, shapes, strict=True))
+    return treedef.unflatten(
+        [
+            None if re.search(exclude, name) else _numbers(name, shape, known)
+            for name, shape in known
+        ]
+    )
 
-    def numbers(path: str, leaf: Any) -> MuonDimensionNumbers | None:
-        shape = shapes[path]
-        floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-        if not floating or len(shape) not in (2, 3) or re.search(exclude, path):
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _is_float(x: Any) -> bool:
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _numbers(
+    name: str, shape: Shape, known: Sequence[tuple[str, Shape]]
+) -> MuonDimensionNumbers | None:
+    """The axes of one leaf; None for a leaf that is no matrix."""
+    if len(shape) == 2:
+        return MuonDimensionNumbers()
+    if len(shape) < 2 or _CONVOLUTION.search(name):
+        return None
+    if whole := _of_attention(name, dict(known)):
+        return whole
+    axis = _stack_axis(name, shape, known)
+    layer = shape if axis is None else _without(shape, axis)
+    numbers = None
+    if len(layer) == 2:
+        numbers = MuonDimensionNumbers()
+    elif axis is not None:
+        numbers = _of_attention(name, {path: _without(one, axis) for path, one in known})
+    if numbers is None and len(layer) == 3:
+        raise ValueError(
+            f"`params` {name!r} of shape {shape} can be a stack of matrices as well as one matrix. "
+            "Say which in muon_weight_dimension_numbers: MuonDimensionNumbers(1, 2) for a stack, "
+            "MuonDimensionNumbers(0, (1, 2)) for one matrix of [width, heads, features], "
+            "MuonDimensionNumbers((0, 1), 2) for one of [heads, features, width], or None to leave "
+            "it out."
+        )
+    if numbers is None or axis is None:
+        return numbers
+    return MuonDimensionNumbers(*(_shifted(axes, axis) for axes in numbers))
+
+
+def _without(shape: Shape, axis: int) -> Shape:
+    return shape[:axis] + shape[axis + 1 :]
+
+
+def _shifted(axes: Any, by: int) -> Any:
+    """Axes of a layer as those of a stack of them, which has one more."""
+    if isinstance(axes, int):
+        return axes + (axes >= by)
+    return tuple(axis + (axis >= by) for axis in axes)
+
+
+def _stack_axis(name: str, shape: Shape, known: Sequence[tuple[str, Shape]]) -> int | None:
+    """The axis of layers; None where nothing says that the leaf is a stack.
+
+    Norms and biases of a layer have one axis. Where those beside the leaf, under the first common
+    name that has some, have two, they are of several layers. Then the axis of layers is the one
+    along which all leaves under that name are as long. If both axes are, look further up.
+    """
+    parts = name.split("/")
+    module = name.rpartition("/")[0]
+    if any(one == shape[1:] and path.rpartition("/")[0] == module for path, one in known):
+        return None  # it has a bias as of one layer, of [width, heads, features]
+    for i in range(len(parts) - 1, -1, -1):
+        above = "".join(f"{part}/" for part in parts[:i])
+        beside = [(path, one) for path, one in known if path.startswith(above)]
+        vectors = [one for path, one in beside if _VECTOR.search(path)]
+        if not vectors:
+            continue
+        if any(len(one) != 2 for one in vectors):
             return None
-        return MuonDimensionNumbers() if len(shape) == 2 else _of_three_axes(path, shapes)
+        axes = [axis for axis in (0, 1) if axis < len(shape) and
+                all(len(one) > axis and one[axis] == shape[axis] for _, one in beside)]  # fmt: skip
+        if len(axes) < 2:
+            return axes[0] if axes else None
+    return None
 
-    chosen = [numbers(path, x) for path, (_, x) in zip(shapes, leaves, strict=True)]
-    return treedef.unflatten(chosen)
 
+def _of_attention(name: str, shapes: dict[str, Shape]) -> MuonDimensionNumbers | None:
+    """The axes of a kernel of Flax's attention; None if it is none.
 
-def _of_three_axes(path: str, shapes: dict[str, tuple[int, ...]]) -> MuonDimensionNumbers:
-    """A stack of matrices; or a kernel of Flax's attention, by the shapes of its siblings."""
-    stack = MuonDimensionNumbers(1, 2)
-    if not (names := _ATTENTION.match(path)):
-        return stack
-    before, name, after = names.groups()
+    Its kernels are [width, heads, features], and [heads, features, width] on the way out. The first
+    axes of stacks would be as long.
+    """
+    if not (names := _ATTENTION.match(name)):
+        return None
+    before, role, after = names.groups()
     query, out = (shapes.get(f"{before}{x}{after}", ()) for x in ("query", "out"))
-    if len(query) != 3 or query[1:] != out[:2]:  # [width, heads, features], [heads, features, ...]
-        return stack
-    if query[0] == out[0]:
-        raise ValueError(
-            f"`params` {path!r} of shape {shapes[path]} can be a stack of {query[0]} matrices as "
-            "well as one matrix of Flax's attention. Say which in muon_weight_dimension_numbers: "
-            "MuonDimensionNumbers(1, 2) for a stack; for the other MuonDimensionNumbers(0, (1, 2)) "
-            "for query, key and value, and MuonDimensionNumbers((0, 1), 2) for out."
-        )
-    return MuonDimensionNumbers((0, 1), 2) if name == "out" else MuonDimensionNumbers(0, (1, 2))
-
-
-def _is_number(node: Any) -> bool:
-    return node is None or isinstance(node, MuonDimensionNumbers)
-
-
-def numbers_of(chosen: Any, tree: Any) -> list[MuonDimensionNumbers | None]:
-    """What was chosen for each leaf of the tree.
-
-    Args:
-      chosen: a tree, a prefix of one, or a function of the parameters that returns one; None:
-        :func:`hidden_matrices`.
-      tree: parameters or updates; paths, shapes and dtypes matter.
-    """
-    chosen = by_params(hidden_matrices if chosen is None else chosen)(tree)
-    named = jax.tree_util.tree_flatten_with_path(tree)[0]
-    try:
-        # None is no leaf to JAX, and False is.
-        spread = jax.tree.map(
-            lambda one, part: jax.tree.map(lambda _: one or False, part),
-            chosen, tree, is_leaf=_is_number,
-        )  # fmt: skip
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            "`muon_weight_dimension_numbers` must be a tree of MuonDimensionNumbers and None as "
-            f"the parameters are, or a prefix of one: {error}"
-        ) from error
-    out = []
-    ones = jax.tree.leaves(spread, is_leaf=lambda node: isinstance(node, MuonDimensionNumbers))
-    for one, (path, x) in zip(ones, named, strict=True):
-        _check(one, x, jax.tree_util.keystr(path))
-        out.append(one or None)
-    return out
-
-
-def _check(one: Any, leaf: Any, path: str) -> None:
-    """Raises unless these are dimension numbers that the leaf has, or none at all."""
-    name = f"`muon_weight_dimension_numbers{path}`"
-    if one is False:
-        return
-    if not isinstance(one, MuonDimensionNumbers):
-        raise ValueError(
-            f"{name} must be optax.contrib.MuonDimensionNumbers, or None for a leaf that is no "
-            f"hidden matrix; got {one!r}."
-        )
-    axes, rank = [*_tuple(one.reduction_axis), *_tuple(one.output_axis)], jnp.ndim(leaf)
-    inside = [axis % rank for axis in axes if -rank <= axis < rank]
-    if len(set(inside)) < len(axes) or not one.reduction_axis != () != one.output_axis:
-        raise ValueError(
-            f"{name} must name different axes of shape {jnp.shape(leaf)}, at least one each; got "
-            f"{one}. None is for leaves that are no hidden matrix."
-        )
-
-
-def _tuple(axes: Any) -> tuple[int, ...]:
-    return (axes,) if isinstance(axes, int) else tuple(axes)
-
-
-class Batch(NamedTuple):
-    """A leaf as matrices ``[batch, rows, columns]``: the axes in that order, and their sizes."""
-
-    order: tuple[int, ...]
-    sizes: tuple[int, ...]  # of the axes in that order
-    shape: tuple[int, int, int]
-
-    def of(self, x: Array) -> Array:
-        """The matrices of a leaf."""
-        return x.transpose(self.order).reshape(self.shape)
-
-    def back(self, x: Array) -> Array:
-        """The leaf of its matrices."""
-        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
-        return x.reshape(self.sizes).transpose(inverse)
-
-
-def batch_of(shape: tuple[int, ...], numbers: MuonDimensionNumbers) -> Batch:
-    """How a leaf of that shape is a batch: axes that are not named count one matrix each."""
-    rank = len(shape)
-    rows, columns = ([axis % rank for axis in _tuple(axes)] for axes in numbers)
-    rest = [axis for axis in range(rank) if axis not in (*rows, *columns)]
-    parts = (rest, rows, columns)
-    order = tuple(axis for part in parts for axis in part)
-    many, high, wide = (math.prod(shape[axis] for axis in part) for part in parts)
-    return Batch(order, tuple(shape[axis] for axis in order), (many, high, wide))
-
-
-def newton_schulz_flops(
-    params: Any,
-    muon_weight_dimension_numbers: Choice = None,
-    ns_steps: int = 5,
-    period: int = 1,
-) -> float:
-    """Floating-point operations that :func:`distlion_jax.distributed_muon` adds to a worker's step.
-
-    With r the smaller and s the larger side of a matrix, ``ns_steps (4 r^2 s + 2 r^3)``: about
-    ``30 r`` a parameter, where forward and backward pass are 6 a parameter and token.
-
-    Args:
-      params: tree of arrays or ``jax.ShapeDtypeStruct``.
-      muon_weight_dimension_numbers, ns_steps, period: as in ``distributed_muon``.
-
-    Examples:
-      >>> import jax, jax.numpy as jnp
-      >>> params = {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}
-      >>> newton_schulz_flops(params) / (1024 * 1024)
-      30720.0
-    """
-    leaves = jax.tree.leaves(params)
-    numbers = numbers_of(muon_weight_dimension_numbers, params)
-    shapes = [batch_of(jnp.shape(x), one).shape
-              for x, one in zip(leaves, numbers, strict=True) if one is not None]  # fmt: skip
-    return sum(flops(shape, ns_steps) for shape in shapes) / period
+    if not (len(query) == len(out) == 3 and query[1:] == out[:2] and query[0] != out[0]):
+        return None
+    return MuonDimensionNumbers((0, 1), 2) if role == "out" else MuonDimensionNumbers(0, (1, 2))

@@ -3,7 +3,7 @@
 
 Before its sign is taken, each worker's blend of a hidden matrix is orthogonalised, as Muon does
 with the momentum. Only what is signed changes: the wire, the vote, the state and the rule for who
-takes part are :func:`distlion_jax.distributed_lion`'s, bit for bit.
+takes part are :func:`distlion_jax.distributed_lion`'s.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,8 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from distlion_jax import matrices
+from distlion_jax import _checks as checks
+from distlion_jax._batches import Choice, batch_of, numbers_of, steps_and_period
 from distlion_jax._orthogonal import newton_schulz
 from distlion_jax._promotion import default_promotion
 from distlion_jax._rules import (
@@ -25,38 +26,34 @@ from distlion_jax._rules import (
     VoteOptions,
     by_params,
     check_from_zero,
-    check_static,
     takes_vote_options,
 )
 from distlion_jax._vote.turnout import blend, remember
 from distlion_jax.lion import Prepare, check_momenta, scale_by_vote
-from distlion_jax.matrices import Choice
 
 __all__ = ["distributed_muon", "scale_by_distributed_muon"]
-
-MAX_STEPS = 100  # of Newton-Schulz: more than anybody means
 
 
 def _orthogonalised(
     b1: ArrayLike, chosen: Choice, steps: int, dtype: DTypeLike, period: int
 ) -> Prepare:
-    """Replaces gradient and momentum of a hidden matrix by its orthogonalised blend, twice.
+    """Gradient and momentum of a hidden matrix are both replaced by its orthogonalised blend.
 
-    The ballot's own blend of two equal numbers has their sign, and is not finite where they are
-    not.
+    The ballot blends them again. A blend of two equal numbers has their sign, and is not finite
+    where they are not.
     """
 
     def prepare(count: Array, updates: Any, mu: Any) -> tuple[Any, Any]:
         gradients, treedef = jax.tree.flatten(updates)
         momenta = treedef.flatten_up_to(mu)
-        numbers = matrices.numbers_of(chosen, updates)
+        numbers = numbers_of(chosen, updates)
         hidden = {i: n for i, n in enumerate(numbers) if n is not None and gradients[i].size}
         blends = [blend(gradients[i], momenta[i], b1) for i in hidden]
 
         def orthogonalise() -> list[Array]:
             out = []
             for one, c in zip(hidden.values(), blends, strict=True):
-                batch = matrices.batch_of(c.shape, one)
+                batch = batch_of(c.shape, one)
                 out.append(batch.back(newton_schulz(batch.of(c), steps, dtype)).astype(c.dtype))
             return out
 
@@ -77,6 +74,10 @@ def _alone(
     """One worker without an axis, with the state of ``optax.lion``."""
     lion = optax.scale_by_lion(b1, b2, mu_dtype)
 
+    def init(params: optax.Params) -> Any:
+        checks.check_params(params, mu_dtype, b2)
+        return lion.init(params)
+
     @default_promotion
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
@@ -88,7 +89,7 @@ def _alone(
         count = jnp.asarray(optax.safe_increment(state.count))
         return direction, optax.ScaleByLionState(count, mu)
 
-    return optax.with_extra_args_support(optax.GradientTransformation(lion.init, update))
+    return optax.with_extra_args_support(optax.GradientTransformation(init, update))
 
 
 @takes_vote_options
@@ -126,33 +127,50 @@ def scale_by_distributed_muon(
     """
     mu_dtype = check_momenta(b1, b2, mu_dtype)
     rules = Rules(aggregation, **options)
-    # None by default: optax.inject_hyperparams would trace a number, and call a dtype.
-    steps = 5 if ns_steps is None else ns_steps
-    period = 1 if period is None else period
-    ns_dtype = jnp.float32 if ns_dtype is None else ns_dtype
-    check_static("ns_steps", steps, "int or None", MAX_STEPS)
-    check_static("period", period, "int or None", 2**31 - 1)
-    dtype = jax.dtypes.canonicalize_dtype(ns_dtype)
-    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).minexp > -100:
+    steps, period = steps_and_period(ns_steps, period)
+    if rules.threshold is not None and period > 1:
         raise ValueError(
-            f"`ns_dtype` must be float32 or bfloat16; got {dtype}, in which small numbers of a "
-            "matrix are lost."
+            f"`threshold` {rules.threshold!r} is in units of what is signed, which `period` "
+            f"{period} changes from round to round. Leave one of them out."
         )
-    prepare = _orthogonalised(b1, muon_weight_dimension_numbers, steps, dtype, period)
+    chosen, dtype = muon_weight_dimension_numbers, _ns_dtype(ns_dtype)
+    prepare = _orthogonalised(b1, chosen, steps, dtype, period)
     if axis_name is None:
-        return _alone(b1, b2, mu_dtype, prepare)
-    return scale_by_vote(rules, b1, b2, mu_dtype, axis_name, prepare)
+        tx = _alone(b1, b2, mu_dtype, prepare)
+    else:
+        tx = scale_by_vote(rules, b1, b2, mu_dtype, axis_name, prepare)
+
+    def init(params: optax.Params) -> Any:
+        numbers_of(chosen, params)  # raises here for what does not fit, not at the first update
+        return tx.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, tx.update)
+
+
+def _ns_dtype(given: Any) -> DTypeLike:
+    """The dtype that matrices are orthogonalised in."""
+    try:
+        dtype = jnp.dtype(jnp.float32 if given is None else given)
+    except TypeError:  # no dtype, or an array: what optax.inject_hyperparams makes of one
+        dtype = None
+    if dtype not in (jnp.float32, jnp.bfloat16, jnp.float64):
+        raise ValueError(
+            f"`ns_dtype` must be jnp.float32, jnp.bfloat16 or jnp.float64; got {given!r}. With "
+            "optax.inject_hyperparams, name it in static_args=('ns_dtype',)."
+        )
+    return jax.dtypes.canonicalize_dtype(dtype)
 
 
 def _scale_others(factor: ArrayLike, chosen: Choice) -> optax.GradientTransformationExtraArgs:
-    """Multiplies the updates of all leaves but hidden matrices."""
+    """Multiplies the updates of all leaves but hidden matrices; by 0 if a traced factor is bad."""
 
     def scale(updates: Any, params: Any) -> Any:
         del params
         leaves, treedef = jax.tree.flatten(updates)
-        numbers = matrices.numbers_of(chosen, updates)
+        numbers, number = numbers_of(chosen, updates), jnp.asarray(factor)
+        number = jnp.where((number >= 0) & (number < jnp.inf), number, 0)
         scaled = [
-            u * jnp.asarray(factor, u.dtype) if one is None else u
+            u * number.astype(u.dtype) if one is None else u
             for u, one in zip(leaves, numbers, strict=True)
         ]
         return treedef.unflatten(scaled)
@@ -175,7 +193,7 @@ def distributed_muon(
     ns_steps: int | None = None,
     ns_dtype: DTypeLike | None = None,
     period: int | None = None,
-    rest_factor: ArrayLike = 1.0,
+    rest_factor: ArrayLike | None = None,
     **options: Unpack[VoteOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Distributed Lion with orthogonalised ballots: one bit per parameter, Muon's direction.
@@ -193,31 +211,41 @@ def distributed_muon(
       x &\leftarrow x - \alpha_t (\mathrm{sign}(\textstyle\sum_i \delta_i) + \lambda x)
 
     where :math:`\mathrm{NS}(U S V^T) \approx U V^T`. The same bits travel as in Distributed Lion,
-    and the state is the same. NS is each worker's own affair: devices that round it differently
-    still agree on every parameter, since only votes are sent.
+    and the state is the same. NS is each worker's own affair: workers whose devices round it
+    differently still agree on every parameter, since only votes are sent. (Devices that average
+    inside a node, ``mean_axis_name``, stand for one worker. They must round alike, as devices of
+    one kind do.)
 
-    A matrix of zeros (frozen, or not yet used) stays zero and casts no vote; so do its rows and
-    columns of zeros. ``threshold`` and ``noise`` are of what is signed: an orthogonalised matrix
-    has a root mean square of about ``1 / sqrt(larger side)``.
+    Zeros stay zeros: a matrix of zeros (frozen, or not yet used), its rows and its columns. They
+    abstain as in ``distributed_lion``, by blocks of 128 or with ``ballot="ternary"`` one by one.
+    ``threshold`` and ``noise`` are of what is signed: an orthogonalised matrix has a root mean
+    square of about ``1 / sqrt(larger side)``.
 
-    NS costs arithmetic, not bytes: about ``5 r / B`` of a step, for matrices with a smaller side r
-    and B tokens a worker and step. ``ns_steps`` and ``period`` make it cheaper.
+    NS costs arithmetic, not bytes: about ``5 r / B`` of a step, for square matrices of side r and B
+    tokens a worker and step. ``ns_steps`` and ``period`` make it cheaper.
 
     Args:
-      learning_rate: step size or schedule. Lion's, or up to twice that.
+      learning_rate: step size or schedule. Begin at 1e-2 with a weight decay of 0.4.
       b1: weight of the momentum in the blend, in [0, 1).
       b2: decay of the momentum, in [0, 1).
-      mu_dtype, weight_decay, mask, axis_name, aggregation: as in ``distributed_lion``.
+      mu_dtype, weight_decay, mask, aggregation: as in ``distributed_lion``.
+      axis_name: mapped axis, or tuple of axes, that the workers lie on. None: one worker, with the
+        state of ``optax.lion``. It does not guard itself against numbers that are not finite, and
+        the options of a vote have no effect.
       muon_weight_dimension_numbers: which leaves are hidden matrices, as in
         ``optax.contrib.muon``: a tree of ``optax.contrib.MuonDimensionNumbers`` and of None for
         the other leaves, a prefix of one, or a function of the parameters that returns one. Axes
         that are not named count a matrix each, as heads do in ``MuonDimensionNumbers(0, 2)`` of
-        ``[width, heads, features]``. None: :func:`distlion_jax.hidden_matrices`.
+        ``[width, heads, features]``. None: :func:`distlion_jax.hidden_matrices`, which leaves
+        embeddings and heads out; Optax's own rule takes all leaves of two axes. With
+        ``optax.inject_hyperparams``, name a function in its ``static_args``.
       ns_steps: steps of Newton and Schulz; None: 5.
-      ns_dtype: what they are computed in, float32 or bfloat16; None: float32.
+      ns_dtype: what they are computed in; None: float32. In bfloat16 more signs are lost the nearer
+        a matrix is to a low rank, whose other directions are rounding: at rank 1 a third of them.
       period: orthogonalise in one round of so many, the first included, and take plain signs in
         the others; None: 1.
-      rest_factor: learning rate of the leaves that are no hidden matrix, in units of the other.
+      rest_factor: learning rate of the leaves that are no hidden matrix, in units of the other;
+        None: 1.
       **options: as listed below.
 
     Returns:
@@ -250,6 +278,7 @@ def distributed_muon(
     """
     check_from_zero("rest_factor", rest_factor)
     chosen = muon_weight_dimension_numbers
+    scaled = () if rest_factor is None else (_scale_others(rest_factor, chosen),)
     return optax.chain(
         scale_by_distributed_muon(
             b1,
@@ -264,6 +293,6 @@ def distributed_muon(
             **options,
         ),
         optax.add_decayed_weights(weight_decay, None if mask is None else by_params(mask)),
-        _scale_others(rest_factor, chosen),
+        *scaled,
         optax.scale_by_learning_rate(learning_rate),
     )

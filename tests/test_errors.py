@@ -448,10 +448,21 @@ CASES = {
     "`ns_steps` must lie in [1, 100]; got 0.": muon(ns_steps=0),
     "`ns_steps` must be a static Python int or None; got 2.5. ... static_args": muon(ns_steps=2.5),
     "`period` must lie in [1, 2147483647]; got 0.": muon(period=0),
-    "`ns_dtype` must be float32 or bfloat16; got float16": muon(ns_dtype=jnp.float16),
-    "`ns_dtype` must be float32 or bfloat16; got int32": muon(ns_dtype=jnp.int32),
+    "`ns_dtype` must be jnp.float32, jnp.bfloat16 or ... got <class": muon(ns_dtype=jnp.float16),
+    "`ns_dtype` must be jnp.float32, ... got 'bf16'. ... static_args=('ns_dtype',)": muon(
+        ns_dtype="bf16"
+    ),
+    "`threshold` 0.5 is in units of what is signed, which `period` 2 changes": muon(
+        threshold=0.5, ballot="ternary", period=2
+    ),
     "`rest_factor` must be a finite number of at least 0; got -1.": lambda: dl.distributed_muon(
         0.1, rest_factor=-1
+    ),
+    "`rest_factor` must be a finite number ... got <function": lambda: dl.distributed_muon(
+        0.1, rest_factor=optax.constant_schedule(0.5)
+    ),
+    "`params` is a single number, Array(0, dtype=int32): optax.inject_hyperparams": lambda: (
+        dl.hidden_matrices(jnp.zeros([], jnp.int32))
     ),
     "`muon_weight_dimension_numbers['w']` must be optax.contrib ... got True.": numbers(
         {"w": True, "b": None}
@@ -462,13 +473,16 @@ CASES = {
     "must name different axes of shape ... reduction_axis=1, output_axis=-1": numbers(
         {"w": MuonDimensionNumbers(1, -1), "b": None}
     ),
-    "must name different axes of shape ... reduction_axis=(), output_axis=1": numbers(
-        {"w": MuonDimensionNumbers((), 1), "b": None}
+    "must name different axes of shape ... reduction_axis=[], output_axis=1": numbers(
+        {"w": MuonDimensionNumbers([], 1), "b": None}
+    ),
+    "must name different axes of shape ... Python integers; got ... 0.0": numbers(
+        {"w": MuonDimensionNumbers(0.0, 1), "b": None}  # type: ignore[arg-type]
     ),
     "`muon_weight_dimension_numbers` must be a tree of MuonDimensionNumbers and None as": numbers(
         {"w": None}
     ),
-    "`params` 'out/kernel' of shape (3, 4, 3) can be a stack of 3 matrices as well": lambda: (
+    "`params` 'out/kernel' of shape (3, 4, 3) can be a stack of matrices as well": lambda: (
         dl.hidden_matrices(
             {"query": {"kernel": jnp.ones((3, 3, 4))}, "out": {"kernel": jnp.ones((3, 4, 3))}}
         )

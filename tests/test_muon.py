@@ -14,6 +14,7 @@ from optax.contrib import MuonDimensionNumbers as Numbers
 
 import distlion_jax as dl
 from distlion_jax import matrices, reference
+from distlion_jax._batches import batch_of, numbers_of
 from distlion_jax._orthogonal import flops, newton_schulz
 from distlion_jax.baselines import sign_muon
 from tests.helpers import (
@@ -164,13 +165,13 @@ def test_counts_the_operations_that_xla_counts():
 
 def test_flops_of_a_model():
     """Of hidden matrices alone, stacks too, and spread over a period."""
-    params = {"w": jnp.zeros((8, 16)), "stack": jnp.zeros((3, 8, 16)), "embed": jnp.zeros((99, 9))}
-    params |= {"vector": jnp.zeros(7)}
+    params = {"w": jnp.zeros((8, 16)), "embed": jnp.zeros((99, 9)), "vector": jnp.zeros(7)}
+    params["layers"] = {"w": jnp.zeros((3, 8, 16)), "bias": jnp.zeros((3, 16))}
     one = 4 * 8 * 8 * 16 + 2 * 8**3
     assert dl.newton_schulz_flops(params) == 5 * 4 * one
-    embedding = 4 * 81 * 99 + 2 * 729
-    assert dl.newton_schulz_flops(params, choose, ns_steps=3) == 3 * (one + embedding)
     assert dl.newton_schulz_flops(params, period=2) == 10 * one
+    chosen = jax.tree.map(lambda x: None, params) | {"embed": Numbers()}
+    assert dl.newton_schulz_flops(params, chosen, ns_steps=3) == 3 * (4 * 81 * 99 + 2 * 729)
 
 
 # The vote.
@@ -325,7 +326,10 @@ def test_sign_muon_signs_the_momentum():
 def test_moves_what_distributed_lion_moves(transport, options):
     """In the compiled program, with the ledger that knows nothing of matrices."""
     tree = {"w": (64, 40), "stack": (3, 16, 24), "bias": (40,)}
-    tx = dl.scale_by_distributed_muon(transport=transport, **options)
+    numbers = {"w": Numbers(), "stack": Numbers(1, 2), "bias": None}
+    tx = dl.scale_by_distributed_muon(
+        transport=transport, muon_weight_dimension_numbers=numbers, **options
+    )
     lowered = lowered_update("shard_map", 8, tree, tx)
     cost = dl.wire_cost(shapes_to_params(tree), 8, transport=transport)
     assert_as_predicted(lowered.compile(compiler_options=QUICK), cost, 8)
@@ -375,7 +379,8 @@ AXES = [  # numbers of a leaf of three axes, and the matrices that they make of 
 
 @pytest.mark.parametrize(("numbers", "take"), AXES, ids=[str(tuple(a)) for a, _ in AXES])
 def test_axes_make_matrices(numbers, take):
-    batch = matrices.batch_of(SHAPE, numbers)
+    (checked,) = numbers_of(numbers, [np.zeros(SHAPE)])
+    batch = batch_of(SHAPE, checked)
     x = np.arange(np.prod(SHAPE)).reshape(SHAPE)
     np.testing.assert_array_equal(batch.of(jnp.asarray(x)), np.stack(take(x)))
     np.testing.assert_array_equal(batch.back(batch.of(jnp.asarray(x))), x)
@@ -395,20 +400,20 @@ def test_a_leaf_votes_as_its_matrices_would(numbers, take):
 
 def test_a_prefix_a_function_and_none():
     params = {"a": {"w": jnp.zeros((6, 5))}, "c": jnp.zeros((5, 6))}
-    two = Numbers()
-    assert matrices.numbers_of(two, params) == [two, two]
-    assert matrices.numbers_of({"a": two, "c": None}, params) == [two, None]
-    assert matrices.numbers_of(lambda p: {"a": {"w": None}, "c": two}, params) == [None, two]
-    assert matrices.numbers_of(None, params) == [two, two]
-    assert matrices.numbers_of(lambda p: None, params) == [None, None]
+    two, found = Numbers(), Numbers((0,), (1,))
+    assert numbers_of(two, params) == [found, found]
+    assert numbers_of({"a": two, "c": None}, params) == [found, None]
+    assert numbers_of(lambda p: {"a": {"w": None}, "c": two}, params) == [None, found]
+    assert numbers_of(None, params) == [found, found]
+    assert numbers_of(lambda p: None, params) == [None, None]
 
 
 def test_parameters_may_be_missing():
     """As of a mask, or a model that is split in two."""
     params = {"a": None, "c": jnp.zeros((5, 6)), "d": optax.MaskedNode()}
     numbers = {"a": Numbers(), "c": Numbers(), "d": None}
-    assert matrices.numbers_of(numbers, params) == [Numbers()]
-    assert matrices.numbers_of(None, params) == [Numbers()]
+    assert numbers_of(numbers, params) == [Numbers((0,), (1,))]
+    assert numbers_of(None, params) == [Numbers((0,), (1,))]
 
 
 def paths_of(params):
@@ -423,14 +428,72 @@ def initial(model, *shape):
     return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros(shape)))["params"]
 
 
-HIDDEN_PATHS = ["blocks/0/mlp/kernel", "Dense_3/kernel", "heads/0/key/kernel", "w", "layer1/w",
-                "MultiHeadDotProductAttention_0/proj/kernel", "ensemble/kernel", "post_dense/w",
-                "multi_head/qkv/kernel", "decoder/layers/w1"]  # fmt: skip
-OTHER_PATHS = ["embed/kernel", "Embed_0/embedding", "tok_emb/weight", "emb", "wte/embedding",
-               "wpe", "pos", "position_embedding", "lm_head/kernel", "head/kernel",
-               "output_head_0/kernel", "classifier/kernel", "logits/w", "blocks/norm/scale",
-               "LayerNorm_0/scale", "blocks/bias", "mlp/b", "stack/Dense_0/bias",
-               "unembed/w"]  # fmt: skip
+HIDDEN_PATHS = [
+    "blocks/0/mlp/kernel",
+    "Dense_3/kernel",
+    "heads/0/key/kernel",
+    "w",
+    "layer1/w",
+    "decoder/layers/w1",
+    "MultiHeadDotProductAttention_0/proj/kernel",
+    "ensemble/kernel",
+    "post_dense/kernel",
+    "multi_head/qkv/kernel",
+    "attention/head_0/query/kernel",
+    "PreNormBlock_0/FF_0/Dense_0/kernel",
+    "AdaLayerNorm_0/Dense_0/kernel",
+    "positionwise_feed_forward/w1/kernel",
+    "position_wise_ffn/w",
+    "ImageClassifier_0/encoder/Dense_0/kernel",
+    "text_embedder/blocks/0/w",
+    "time_embedding/linear_1/w",
+    "up_scale/kernel",
+    "lora_a",
+    "transformer/h/0/attn/c_attn/kernel",
+    "model/layers/0/mlp/gate_proj/kernel",
+]
+OTHER_PATHS = [
+    "embed/kernel",
+    "Embed_0/embedding",
+    "tok_emb/weight",
+    "emb",
+    "wte/embedding",
+    "wpe",
+    "pos",
+    "position_embedding",
+    "pos_embed",
+    "lm_head/kernel",
+    "head/kernel",
+    "mlp_head/Dense_0/kernel",
+    "LMHead_0/Dense_0/kernel",
+    "classifier/kernel",
+    "logits/w",
+    "blocks/norm/scale",
+    "LayerNorm_0/scale",
+    "blocks/bias",
+    "mlp/b",
+    "stack/Dense_0/bias",
+    "unembed/w",
+    "score/kernel",
+    "qa_outputs/kernel",
+    "W_E",
+    "attn/q_bias",
+    "in_proj_bias",
+    "rel_pos_bias",
+    "relative_position_bias_table",
+    "ln_scale",
+    "layer_scale",
+    "ln1/weight",
+    "ln_f/g",
+    "rms/weight",
+    "attn/bq",
+    "tokemb",
+    "query_tokens",
+    "cls_token",
+    "codebook",
+    "embeddings/word_embeddings/embedding",
+    "patch_embed/kernel",
+]
 
 
 @pytest.mark.parametrize("path", HIDDEN_PATHS + OTHER_PATHS)
@@ -460,17 +523,101 @@ def test_kernels_of_flax_s_attention_are_one_matrix_each():
     assert paths_of(state) == found
 
 
-def test_a_scanned_stack_is_a_batch():
-    class Layer(nn.Module):
-        @nn.compact
-        def __call__(self, x, _):
-            return nn.LayerNorm()(nn.Dense(5, name="query")(x)), None
+class Layer(nn.Module):
+    """A block without biases but for its norm, an attention of Flax's among it."""
 
-    stack = nn.scan(Layer, {"params": 0}, split_rngs={"params": True}, length=3)
-    params = jax.eval_shape(lambda: stack().init(jax.random.key(0), jnp.zeros((2, 5)), None))[
-        "params"
-    ]
-    assert paths_of(params) == {"query/kernel": Numbers(1, 2)}
+    @nn.compact
+    def __call__(self, x, _):
+        x = nn.LayerNorm()(x)
+        x = nn.Dense(9, use_bias=False, name="query")(x)
+        x = nn.Dense(6, use_bias=False, name="out")(x)
+        return x + nn.MultiHeadDotProductAttention(num_heads=2, use_bias=False)(x, x), None
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_scanned_stack_is_a_batch(axis):
+    """On the first axis or, as MaxText has it, the second."""
+    stack = nn.scan(Layer, {"params": axis}, split_rngs={"params": True}, length=4)
+    params = jax.eval_shape(
+        lambda: stack().init(jax.random.key(0), jnp.zeros((2, 5, 6)), None)["params"]
+    )
+    rows, columns = {0: (1, 2), 1: (0, 2)}[axis]
+    before = {0: ((1, (2, 3)), ((1, 2), 3)), 1: ((0, (2, 3)), ((0, 2), 3))}[axis]
+    attention = "MultiHeadDotProductAttention_0"
+    assert paths_of(params) == {
+        "query/kernel": Numbers(rows, columns), "out/kernel": Numbers(rows, columns),
+        **{f"{attention}/{name}/kernel": Numbers(*before[0]) for name in ("key", "query", "value")},
+        f"{attention}/out/kernel": Numbers(*before[1]),
+    }  # fmt: skip
+
+
+AMBIGUOUS = {
+    "nothing beside it": {"w": (3, 4, 5)},
+    "a norm of one layer": {"norm": {"scale": (8,)}, "q_proj": {"kernel": (8, 2, 4)}},
+    "a bias of heads": {"q_proj": {"kernel": (8, 4, 4), "bias": (4, 4)}},
+    "no way out": {"query": {"kernel": (8, 2, 4)}, "norm": {"scale": (8,)}},
+    "experts in a stack": {"norm": {"scale": (3, 8)}, "wi": (3, 2, 8, 9)},
+    "both axes": {"norm": {"scale": (3, 8)}, "w": (3, 8, 9)},
+}
+
+
+@pytest.mark.parametrize("tree", AMBIGUOUS.values(), ids=AMBIGUOUS)
+def test_what_cannot_be_told_is_asked(tree):
+    params = jax.tree.map(jnp.zeros, tree, is_leaf=lambda x: isinstance(x, tuple))
+    with pytest.raises(ValueError, match="can be a stack of matrices as well as one matrix"):
+        dl.hidden_matrices(params)
+
+
+def test_convolutions_of_three_axes_are_left_out():
+    assert paths_of({"Conv_0": {"kernel": jnp.zeros((3, 5, 4)), "bias": jnp.zeros(4)}}) == {}
+    assert paths_of({"conv1": {"weight": jnp.zeros((4, 5, 3)), "bias": jnp.zeros((4, 1))}}) == {}
+
+
+def test_names_may_hold_slashes_and_leaves_may_be_functions():
+    params = {"a/b": {"w": jnp.zeros((3, 4))}, "a": {"b/w": jnp.zeros((5, 6))}, "f": jnp.tanh}
+    assert dl.hidden_matrices(params) == {
+        "a/b": {"w": Numbers()}, "a": {"b/w": Numbers()}, "f": None,
+    }  # fmt: skip
+
+
+def test_an_injected_function_is_named_static():
+    """Else Optax calls it with the step, and the default choice would follow in silence."""
+    mine = functools.partial(dl.hidden_matrices, exclude=".")
+    options = dict(learning_rate=0.1, muon_weight_dimension_numbers=mine)
+    params = shapes_to_params(TREE)
+    with pytest.raises(ValueError, match=r"static_args=..muon_weight_dimension_numbers"):
+        optax.inject_hyperparams(dl.distributed_muon)(**options).init(params)
+    injected = optax.inject_hyperparams(
+        dl.distributed_muon, static_args=("muon_weight_dimension_numbers",)
+    )
+    grads = draws(TREE, 3, 1)[0]
+
+    def updates(tx):
+        one = lambda g: tx.update(g, tx.init(params), params)[0]  # noqa: E731
+        return jax.vmap(one, axis_name="data")(grads)
+
+    want = updates(dl.distributed_muon(0.1, muon_weight_dimension_numbers={k: None for k in TREE}))
+    jax.tree.map(np.testing.assert_array_equal, updates(injected(**options)), want)
+
+
+def test_state_is_distributed_lion_s():
+    """Of the whole optimizers: one reads the other's checkpoints."""
+    params = shapes_to_params(TREE)
+    states = [make(0.1).init(params) for make in (dl.distributed_muon, dl.distributed_lion)]
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+
+
+def test_a_factor_out_of_range_moves_nothing():
+    params, grads = shapes_to_params(TREE), draws(TREE, 3, 1)[0]
+
+    def updates(factor):
+        tx = dl.distributed_muon(0.1, rest_factor=factor)
+        return jax.vmap(lambda g: tx.update(g, tx.init(params), params)[0], axis_name="data")(grads)
+
+    for bad in (-1.0, float("nan"), float("inf")):
+        got = jax.jit(updates)(jnp.float32(bad))
+        assert not got["bias"].any()
+        assert got["tall"].any()
 
 
 def test_an_own_pattern():

@@ -25,7 +25,8 @@ MODULES = {name: ast.parse(path.read_text()) for name, path in PATHS.items()}
 LAYERS = [
     {"_promotion", "_rules", "_version", "exchanges", "cluster"},
     {"_vote"},
-    {"_checks", "_orthogonal", "_rounds", "accumulate", "finite", "hlo", "ledger", "matrices"},
+    {"_batches", "_checks", "_orthogonal", "_rounds", "accumulate", "finite", "hlo", "ledger"}
+    | {"matrices"},
     {"forecast", "lion", "muon", "average", "policy", "sync", "train"},
     {"baselines", "resume"},
     {"__init__", "_old_paths"},

@@ -24,7 +24,7 @@ PRESETS = {
     "text": {
         "steps": 800, "batch": 4, "eval_every": 100, "eval_rows": 1024,
         "learning_rate": 5e-3, "weight_decay": 1.6,
-        "adamw_learning_rate": 5e-3, "adamw_weight_decay": 0.24,
+        "adamw_learning_rate": 1e-2, "adamw_weight_decay": 0.06,
         "muon_learning_rate": 1e-2, "muon_weight_decay": 0.4,
     },
     "images": {

@@ -19,7 +19,7 @@ import optax
 from jax import Array
 
 import distlion_jax as dl
-from distlion_jax import matrices
+from distlion_jax._batches import batch_of, numbers_of
 from distlion_jax._orthogonal import newton_schulz
 from distlion_jax.exchanges import Roles
 
@@ -45,9 +45,9 @@ def _orthogonal(tree: Any, chosen: Chosen) -> Any:
     """The tree, with its hidden matrices orthogonalised."""
     leaves, treedef = jax.tree.flatten(tree)
     out = []
-    for x, numbers in zip(leaves, matrices.numbers_of(chosen, tree), strict=True):
+    for x, numbers in zip(leaves, numbers_of(chosen, tree), strict=True):
         if numbers is not None:
-            batch = matrices.batch_of(x.shape, numbers)
+            batch = batch_of(x.shape, numbers)
             x = batch.back(newton_schulz(batch.of(x), NS_STEPS, jnp.float32))
         out.append(x)
     return treedef.unflatten(out)
@@ -90,7 +90,7 @@ def owner_momentum(
         owned = _mix(mean, state.owned, OWNER)
         direction = jax.tree.map(jnp.sign, _orthogonal(_mix(mean, owned, OWNER), chosen))
         leaves, treedef = jax.tree.flatten(direction)
-        numbers = matrices.numbers_of(chosen, direction)
+        numbers = numbers_of(chosen, direction)
         lengths = [LENGTHS[one is None] for one in numbers]
         direction = treedef.unflatten([s * d for s, d in zip(lengths, leaves, strict=True)])
         return direction, TriedState(_mix(updates, state.mu, b2), error, owned)
