@@ -22,7 +22,7 @@ CPU_WORKERS = 8
 # a few trials. `quick` replaces steps and evaluation by a smoke test's.
 PRESETS = {
     "text": {
-        "steps": 800, "batch": 4, "eval_every": 100, "eval_rows": 1024,
+        "steps": 600, "batch": 4, "eval_every": 100, "eval_rows": 1024,
         "learning_rate": 5e-3, "weight_decay": 1.6,
         "adamw_learning_rate": 1e-2, "adamw_weight_decay": 0.06,
         "muon_learning_rate": 1e-2, "muon_weight_decay": 0.4,
