@@ -72,7 +72,7 @@ def test_tables_of_training_are_of_the_results_in_the_repository(tmp_path):
     for page in readme.pages():
         assert readme.fill(page.read_text(), ev) == page.read_text()
     stale = "<!-- results: NAME -->\nold\n<!-- end of results -->"
-    with pytest.raises(readme.UsageError, match="there is no table 'NAME'; known: compare, gains"):
+    with pytest.raises(readme.UsageError, match="there is no table 'NAME'; known: headline, head"):
         readme.fill(stale, ev)
     with pytest.raises(readme.UsageError, match=r"'rare rows': rare_rows\.json is missing in "):
         readme.fill(stale.replace("NAME", "rare rows"), readme.Evidence(ROOT))

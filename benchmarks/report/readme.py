@@ -11,7 +11,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from benchmarks.cli import UsageError, command_line, guarded
 from benchmarks.report import rare_rows, resize
@@ -48,36 +47,6 @@ def compared(name: str, numbers: tuple[int, ...], bits_at: int) -> Callable[[Evi
         heads += [f"{SIGNS[task]}, n = {n}" for task, n in columns]
         methods = names_of(key for some in found.values() for key in some)
         return table(["method", *heads], ([name, *cells(name)] for name in methods))
-
-    return write
-
-
-class Column(NamedTuple):
-    """Of a table over several files: qualities of one task at one number of workers."""
-
-    heading: str
-    name: str  # the file
-    task: str
-    workers: int
-
-
-def side_by_side(*columns: Column, bits: Column) -> Callable[[Evidence], str]:
-    """A row a method: its bits in one of the columns, and its quality in each."""
-
-    def write(ev: Evidence) -> str:
-        found = {column: ev.runs(column.task, name=column.name) for column in (bits, *columns)}
-        methods = names_of(
-            key for column, some in found.items() for key in some if key[1] == column.workers
-        )
-
-        def cells(method: str) -> Iterator[str]:
-            rows = [*found[bits].get((method, bits.workers), {}).values()]
-            yield f"{rows[0]['bits']:.1f}" if rows else "not run"
-            for c in columns:
-                yield score(found[c], method, c.workers, c.task)
-
-        heads = ["method", bits.heading, *(c.heading for c in columns)]
-        return table(heads, ([name, *cells(name)] for name in methods))
 
     return write
 
@@ -130,7 +99,12 @@ def unlike(name: str) -> Callable[[Evidence], str]:
     return write
 
 
+HEADLINE = "headline.jsonl"
 TABLES: dict[str, Callable[[Evidence], str]] = {
+    "headline": compared(HEADLINE, (2, 4, 8, 16, 32), 8),
+    "headline gains": gains(
+        "D-Muon majority", "AdamW", "Lion", "D-Lion majority", "Muon", name=HEADLINE
+    ),
     "compare": compared("compare.jsonl", (4, 8, 16, 32), 8),
     "gains": gains(
         "D-Lion majority",
