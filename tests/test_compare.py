@@ -238,6 +238,13 @@ def test_a_second_run_measures_nothing_and_says_the_same(tmp_path):
         tmp_path / "on", *ARGUMENTS, *methods, "--budget", "1", "--start-from", str(file)
     )
     assert fourth.returncode == 0, fourth.stderr
+    with_betas = [tmp_path / "betas", *ARGUMENTS, *methods, "--betas", "--start-from", str(file)]
+    fifth = start(*with_betas)
+    assert fifth.returncode == 0, fifth.stderr
+    assert "| betas |" in fifth.stdout
+    kept = (tmp_path / "betas/results.jsonl").read_text()
+    assert start(*with_betas).stdout == fifth.stdout
+    assert (tmp_path / "betas/results.jsonl").read_text() == kept
     rows = [json.loads(x) for x in (tmp_path / "on/results.jsonl").read_text().splitlines()]
     assert {r["method"]: (r["learning_rate"], r["weight_decay"]) for r in rows} == chosen
 
