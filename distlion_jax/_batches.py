@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 from optax.contrib import MuonDimensionNumbers
 
-from distlion_jax._orthogonal import flops
+from distlion_jax._orthogonal import flops, newton_schulz
 from distlion_jax._rules import by_params, check_static
 from distlion_jax.matrices import hidden_matrices
 
@@ -115,6 +116,12 @@ def batch_of(shape: tuple[int, ...], numbers: MuonDimensionNumbers) -> Batch:
     many, high, wide = (math.prod(shape[axis] for axis in part) for part in (rest, rows, columns))
     order = rest + rows + columns
     return Batch(order, tuple(shape[axis] for axis in order), (many, high, wide))
+
+
+def orthogonalised(x: Array, numbers: MuonDimensionNumbers, steps: int, dtype: DTypeLike) -> Array:
+    """A leaf with each of its matrices orthogonalised, in the leaf's own dtype."""
+    batch = batch_of(x.shape, numbers)
+    return batch.back(newton_schulz(batch.of(x), steps, dtype)).astype(x.dtype)
 
 
 def steps_and_period(ns_steps: int | None, period: int | None) -> tuple[int, int]:

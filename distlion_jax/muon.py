@@ -16,8 +16,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from distlion_jax import _checks as checks
-from distlion_jax._batches import Choice, batch_of, numbers_of, steps_and_period
-from distlion_jax._orthogonal import newton_schulz
+from distlion_jax._batches import Choice, numbers_of, orthogonalised, steps_and_period
 from distlion_jax._promotion import default_promotion
 from distlion_jax._rules import (
     Aggregation,
@@ -51,11 +50,8 @@ def _orthogonalised(
         blends = [blend(gradients[i], momenta[i], b1) for i in hidden]
 
         def orthogonalise() -> list[Array]:
-            out = []
-            for one, c in zip(hidden.values(), blends, strict=True):
-                batch = batch_of(c.shape, one)
-                out.append(batch.back(newton_schulz(batch.of(c), steps, dtype)).astype(c.dtype))
-            return out
+            pairs = zip(blends, hidden.values(), strict=True)
+            return [orthogonalised(c, one, steps, dtype) for c, one in pairs]
 
         if period == 1 or not hidden:
             signed = orthogonalise()

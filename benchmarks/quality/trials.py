@@ -10,6 +10,7 @@ Only to be compared with, under ``jax.vmap``: they sum dense votes, where a vote
 * :func:`cautious`: weight decay only where it points the way of the verdict.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,8 +20,7 @@ import optax
 from jax import Array
 
 import distlion_jax as dl
-from distlion_jax._batches import batch_of, numbers_of
-from distlion_jax._orthogonal import newton_schulz
+from distlion_jax._batches import numbers_of, orthogonalised
 from distlion_jax.exchanges import Roles
 
 NS_STEPS = 5
@@ -44,21 +44,17 @@ class TriedState(NamedTuple):
 def _orthogonal(tree: Any, chosen: Chosen) -> Any:
     """The tree, with its hidden matrices orthogonalised."""
     leaves, treedef = jax.tree.flatten(tree)
-    out = []
-    for x, numbers in zip(leaves, numbers_of(chosen, tree), strict=True):
-        if numbers is not None:
-            batch = batch_of(x.shape, numbers)
-            x = batch.back(newton_schulz(batch.of(x), NS_STEPS, jnp.float32))
-        out.append(x)
-    return treedef.unflatten(out)
+    pairs = zip(leaves, numbers_of(chosen, tree), strict=True)
+    return treedef.unflatten(
+        [x if one is None else orthogonalised(x, one, NS_STEPS, jnp.float32) for x, one in pairs]
+    )
 
 
 def _init(params: optax.Params) -> TriedState:
     return TriedState(*(optax.tree.zeros_like(params) for _ in range(3)))
 
 
-def _mix(a: Any, b: Any, share: Any) -> Any:
-    return jax.tree.map(lambda x, y: (1 - share) * x + share * y, a, b)
+_mix = functools.partial(optax.tree.update_moment, order=1)  # (1 - decay) * x + decay * y
 
 
 def _ballots(blends: Any, error: Any) -> tuple[Any, Any]:
