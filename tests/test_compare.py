@@ -99,15 +99,30 @@ def test_search_spends_its_budget_near_the_best(compare):
         rate = np.log(job.learning_rate / 9e-3) / np.log(3)
         return rate**2 + np.log(job.weight_decay / 0.1) ** 2
 
-    seen, jobs = {}, []
+    jobs = []
     start = compare.Job("trial", "iid", "D-Lion majority", 8, 1000, 1e-3, 0.1)
-    for place, job in compare.search(start, 10, seen):
-        jobs.append(job)
-        seen[place] = loss(job)
-    assert len(set(jobs)) == 10
-    best = min(jobs, key=loss)
+    best = compare.search(lambda job: jobs.append(job) or loss(job), start, 10)
+    assert len({job for job in jobs if job.seed == 1000}) == 10
+    assert len({job for job in jobs if job.seed == 1001}) == 3  # the finalists
     assert best.learning_rate == pytest.approx(9e-3)
     assert best.weight_decay == pytest.approx(0.1)
+
+
+def test_search_goes_on_past_an_edge(compare):
+    jobs = []
+    start = compare.Job("trial", "iid", "D-Lion majority", 8, 1000, 1e-3, 0.1, (0.2, 0.9))
+
+    def loss(job):  # less and less, down to a rate of 1e-6; b1 as small as it can be
+        rates = abs(np.log10(job.learning_rate) + 6) + abs(np.log10(job.weight_decay) + 1)
+        return rates + job.betas[0]
+
+    best = compare.search(lambda job: jobs.append(job) or loss(job), start, 8)
+    rates = sorted({job.learning_rate for job in jobs})
+    assert rates[0] < best.learning_rate < rates[-1]
+    assert abs(np.log10(best.learning_rate) + 6) < np.log10(3)
+    plain = start._replace(learning_rate=1e-6)
+    assert compare.search(loss, plain, 20).betas[0] == 0.0  # nothing lies beyond
+    assert compare.search(loss, start, 1) == start  # one trial is no search
 
 
 def test_search_moves_betas_by_what_they_leave_up_to_1(compare):
@@ -115,13 +130,10 @@ def test_search_moves_betas_by_what_they_leave_up_to_1(compare):
         rates = np.log(job.learning_rate / 1e-3) ** 2 + np.log(job.weight_decay / 0.1) ** 2
         return rates + abs(job.betas[0] - 0.8) + abs(job.betas[1] - 0.96)
 
-    seen, jobs = {}, []
+    jobs = []
     start = job("D-Lion majority", 8, 1000, 1e-3, 0.1, (0.9, 0.98))
-    for place, one in compare.search(start, 24, seen):
-        jobs.append(one)
-        seen[place] = loss(one)
-    assert len(set(jobs)) == 24
-    best = min(jobs, key=loss)
+    best = compare.search(lambda one: jobs.append(one) or loss(one), start, 24)
+    assert len({one for one in jobs if one.seed == 1000}) == 24
     assert best.betas == pytest.approx((0.8, 0.96))
     rows = [one._asdict() | {"kind": kind, "task": "text"}
             for kind, some in (("trial", jobs), ("run", [best])) for one in some]  # fmt: skip

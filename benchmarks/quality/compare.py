@@ -9,8 +9,9 @@
 
 Every method gets a search of its own over learning rate and weight decay (with --betas over its
 betas too, where it has some), with the same number of trials, at one number of workers, with seeds
-and held-out rows that no result uses, by the figure that is reported; its best three are tried with
-a second seed. (With --start-from it begins where an earlier one ended.) Then it runs at each number
+and held-out rows that no result uses, by the figure that is reported; its best few are tried with a
+second seed, and then what lies beyond, while the best lies at an edge of what was tried. (With
+--start-from it begins where an earlier one ended.) Then it runs at each number
 of workers with each seed: same data order and initial weights for all methods at a seed. Workers
 are simulated on one device: votes exactly, sums of floating-point numbers in the order of the
 workers. Results are kept, one JSON line a run: a killed comparison goes on where it stopped, and a
@@ -20,7 +21,7 @@ finished one only reports.
 import argparse
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks.cli import UsageError, command_line, guarded, progress
@@ -35,7 +36,6 @@ from benchmarks.tasks import partition
 # Factors of the search's grid: of learning rate, weight decay, and of what betas leave up to 1.
 LEARNING_RATE_STEP, WEIGHT_DECAY_STEP, BETA_STEP = 3.0, 4.0, 2.0
 STEPS = (1.0, 0.5, 0.25, 0.125)  # of the grid, one after the other
-FINALISTS = 3
 MOST = 32  # trials of a search: places around one of two dimensions
 DIAGONALS = ((1, 1), (-1, -1), (1, -1), (-1, 1))
 Place = tuple[float, ...]  # exponents of the factors: learning rate, weight decay, betas
@@ -63,41 +63,59 @@ def tidy(rate: float) -> float:
     return float(f"{rate:.6g}")
 
 
-def search(start: Job, budget: int, scores: dict[Place, float]) -> Iterator[tuple[Place, Job]]:
-    """The trials of a method and their places, under which the caller notes how bad each was."""
+def job_at(start: Job, place: Place) -> Job:
+    """The trial at a place."""
+    betas = None
+    if start.betas is not None:
+        moved = zip(start.betas, place[2:], strict=True)
+        betas = tuple(tidy(max(1 - (1 - b) * BETA_STEP**k, 0.0)) for b, k in moved)
+    return start._replace(
+        learning_rate=tidy(start.learning_rate * LEARNING_RATE_STEP ** place[0]),
+        weight_decay=tidy(start.weight_decay * WEIGHT_DECAY_STEP ** place[1]),
+        betas=betas,
+    )
+
+
+def beyond(best: Place, places: Iterable[Place]) -> list[Place]:
+    """The places past the edge of what was tried, where the best one lies at an edge."""
+    out = []
+    for k, tried in enumerate(zip(*places, strict=True)):
+        if min(tried) < max(tried):  # else this number was not searched
+            steps = (best[k] == max(tried)) - (best[k] == min(tried))
+            out += [tuple(x + steps * (i == k) for i, x in enumerate(best))] * abs(steps)
+    return out
+
+
+def finalists(budget: int) -> int:
+    """How many of a search's trials are tried with a second seed."""
+    return min(budget, max(3, budget // 5))
+
+
+def search(measure: Callable[[Job], float], start: Job, budget: int) -> Job:
+    """The best setting of a method, by how bad each job turns out.
+
+    So many trials, each beside the best so far. The best few are tried with a second seed, and the
+    least sum wins. While the winner lies at an edge of what was tried, what lies beyond is tried.
+    """
+    scores: dict[Place, float] = {}
     place: Place = (0.0, 0.0, *(0.0 for _ in start.betas or ()))
     for _ in range(budget):
-        betas = None
-        if start.betas is not None:
-            moved = zip(start.betas, place[2:], strict=True)
-            betas = tuple(tidy(max(1 - (1 - b) * BETA_STEP**k, 0.0)) for b, k in moved)
-        yield (
-            place,
-            start._replace(
-                learning_rate=tidy(start.learning_rate * LEARNING_RATE_STEP ** place[0]),
-                weight_decay=tidy(start.weight_decay * WEIGHT_DECAY_STEP ** place[1]),
-                betas=betas,
-            ),
-        )
+        scores[place] = measure(job_at(start, place))
         place = nearby(min(scores, key=lambda p: (scores[p], p)), scores)
 
+    def total(place: Place) -> float:
+        job = job_at(start, place)
+        return sum(measure(job._replace(seed=seed)) for seed in SEARCH_SEEDS)
 
-def best(runner: Runner, start: Job, budget: int) -> Row:
-    """The best trial of a method: the best few are tried with another seed too."""
-    scores: dict[Place, float] = {}
-    tried: list[tuple[float, Job, Row]] = []
-    for place, job in search(start, budget, scores):
-        row = runner.do(job)
-        scores[place] = badness(row)
-        tried.append((scores[place], job, row))
-
-    def total(trial: tuple[float, Job, Row]) -> float:
-        first, job, _ = trial
-        others = [runner.do(job._replace(seed=seed)) for seed in SEARCH_SEEDS[1:]]
-        return first + sum(map(badness, others))
-
-    finalists = sorted(tried, key=lambda trial: trial[:2])[:FINALISTS]
-    return min(finalists, key=total)[2]
+    few = sorted(scores, key=lambda p: (scores[p], p))[: finalists(budget)]
+    totals = {place: total(place) for place in few}
+    while True:
+        best = min(totals, key=lambda p: (totals[p], p))
+        chosen = job_at(start, best)
+        past = [p for p in beyond(best, [*scores, *totals]) if job_at(start, p) != chosen]
+        if not past:
+            return chosen
+        totals |= {place: total(place) for place in past}
 
 
 def draw_splits(task: Task, args: argparse.Namespace) -> None:
@@ -135,11 +153,10 @@ def compare(runner: Runner, args: argparse.Namespace) -> list[Row]:
         rate, decay, betas = beginning(args.start_from, runner.task.name, method)
         numbers = rate, decay, betas if args.betas else None
         start = Job("trial", split, method, args.search_workers, SEARCH_SEEDS[0], *numbers)
-        found[split, method] = best(runner, start, args.budget)
+        found[split, method] = search(lambda job: badness(runner.do(job)), start, args.budget)
     rows = []
     for n, pair, seed in itertools.product(args.workers, pairs, args.seeds):
-        chosen = job_of(found[pair])
-        rows.append(runner.do(chosen._replace(kind="run", workers=n, seed=seed)))
+        rows.append(runner.do(found[pair]._replace(kind="run", workers=n, seed=seed)))
     return rows
 
 
@@ -207,7 +224,7 @@ def run(args: argparse.Namespace) -> str:
     """All tasks; the tables."""
     args.out.mkdir(parents=True, exist_ok=True)
     results = Results(args.out / "results.jsonl")
-    each_search = args.budget + min(FINALISTS, args.budget) * (len(SEARCH_SEEDS) - 1)
+    each_search = args.budget + finalists(args.budget) * (len(SEARCH_SEEDS) - 1)
     each = each_search * args.search_workers + sum(args.workers) * len(args.seeds)
     rows = []
     for name in args.task:

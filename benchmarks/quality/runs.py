@@ -117,6 +117,7 @@ class Runner:
         """A job's row: looked up, or run."""
         found = self.results.find(job, self.task.name)
         weight = self.task.steps * job.workers
+        self.bar.total = max(self.bar.total, self.bar.n + weight)  # a search may go on past an edge
         if found:
             self.bar.update(weight)
             return found
