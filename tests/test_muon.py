@@ -1,21 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Orthogonalised ballots: Newton and Schulz against an SVD, the vote against the reference."""
+"""Orthogonalised ballots: the vote against the reference, on every transport and map."""
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 from optax.contrib import MuonDimensionNumbers as Numbers
 
 import distlion_jax as dl
-from distlion_jax import matrices, reference
-from distlion_jax._batches import batch_of, numbers_of
-from distlion_jax._orthogonal import flops, newton_schulz
+from distlion_jax import reference
 from distlion_jax.baselines import sign_muon
 from tests.helpers import (
     B1,
@@ -88,93 +84,6 @@ def both(tree, n, rounds, how="vmap", hidden=HIDDEN, chosen=choose, extra=None, 
     assert_equal_to_reference(tree, got, want)
     return got
 
-
-# Newton and Schulz.
-
-
-@pytest.mark.parametrize("shape", [(1, 6, 6), (3, 8, 20), (2, 20, 8), (1, 1, 7), (4, 33, 64)])
-def test_singular_values_near_one_and_vectors_kept(shape):
-    rng = np.random.default_rng(0)
-    u, _, vt = np.linalg.svd(rng.normal(size=shape), full_matrices=False)
-    s = np.linspace(0.05, 1.0, min(shape[1:]))
-    out = np.asarray(newton_schulz(jnp.asarray((u * s) @ vt, jnp.float32), 5, jnp.float32))
-    inside = np.swapaxes(u, 1, 2) @ out @ np.swapaxes(vt, 1, 2)
-    diagonal = np.diagonal(inside, axis1=1, axis2=2)
-    assert (diagonal > 0.65).all()
-    assert (diagonal < 1.25).all()
-    np.testing.assert_allclose(inside, diagonal[:, None] * np.eye(len(s)), atol=2e-5)
-
-
-@pytest.mark.parametrize("steps", [1, 3, 5, 8])
-@pytest.mark.parametrize("shape", [(7, 7), (5, 19), (19, 5)])
-def test_equals_the_reference_s_svd(shape, steps):
-    x = np.random.default_rng(1).normal(size=shape).astype(np.float32)
-    got = newton_schulz(jnp.asarray(x)[None], steps, jnp.float32)[0]
-    np.testing.assert_allclose(got, reference.newton_schulz(x, steps), atol=3e-5)
-
-
-def test_equals_optax_s_muon():
-    """Of the first update without Nesterov's momentum: what is orthogonalised is the gradient."""
-    x = jnp.asarray(np.random.default_rng(2).normal(size=(12, 30)), jnp.float32)
-    tx = optax.contrib.scale_by_muon(nesterov=False, weight_dimension_numbers=Numbers(), eps=0.0)
-    want, _ = tx.update(x, tx.init(x))
-    np.testing.assert_allclose(newton_schulz(x[None], 5, jnp.float32)[0], want, atol=2e-5)
-
-
-def test_bfloat16_agrees_on_nearly_all_signs():
-    x = jnp.asarray(np.random.default_rng(3).normal(size=(2, 64, 96)), jnp.float32)
-    fine, coarse = (newton_schulz(x, 5, dtype) for dtype in (jnp.float32, jnp.bfloat16))
-    assert coarse.dtype == jnp.bfloat16
-    assert np.mean(np.sign(fine) == np.sign(coarse.astype(jnp.float32))) > 0.97
-
-
-@pytest.mark.parametrize("size", [2.0**100, 2.0**-100])
-def test_size_does_not_matter(size):
-    """Powers of two, whose quotients are exact; their squares would overflow, or be zeros."""
-    x = jnp.asarray(np.random.default_rng(4).normal(size=(1, 5, 9)), jnp.float32)
-    np.testing.assert_array_equal(
-        newton_schulz(x * size, 5, jnp.float32), newton_schulz(x, 5, jnp.float32)
-    )
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_zeros_stay_zeros(dtype):
-    x = np.random.default_rng(5).normal(size=(2, 9, 6)).astype(np.float32)
-    x[0, [1, 4]], x[0, :, 2], x[1] = 0, 0, 0
-    for turned in (x, x.swapaxes(1, 2)):
-        out = np.asarray(newton_schulz(jnp.asarray(turned), 5, dtype).astype(jnp.float32))
-        np.testing.assert_array_equal(out == 0, turned == 0)
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_makes_its_matrix_nan(bad):
-    x = jnp.ones((2, 3, 4)).at[0, 1, 1].set(bad)
-    out = newton_schulz(x, 5, jnp.float32)
-    assert np.isnan(out[0]).all()
-    assert np.isfinite(out[1]).all()
-
-
-def test_counts_the_operations_that_xla_counts():
-    """Of the products: XLA adds what is done to each number."""
-    shape, steps = (2, 64, 256), 5
-    f = jax.jit(lambda x: newton_schulz(x, steps, jnp.float32))
-    counted = f.lower(jax.ShapeDtypeStruct(shape, jnp.float32)).compile().cost_analysis()["flops"]
-    assert flops(shape, steps) <= counted < 1.1 * flops(shape, steps)
-    assert flops(shape, steps) == flops((2, 256, 64), steps)
-
-
-def test_flops_of_a_model():
-    """Of hidden matrices alone, stacks too, and spread over a period."""
-    params = {"w": jnp.zeros((8, 16)), "embed": jnp.zeros((99, 9)), "vector": jnp.zeros(7)}
-    params["layers"] = {"w": jnp.zeros((3, 8, 16)), "bias": jnp.zeros((3, 16))}
-    one = 4 * 8 * 8 * 16 + 2 * 8**3
-    assert dl.newton_schulz_flops(params) == 5 * 4 * one
-    assert dl.newton_schulz_flops(params, period=2) == 10 * one
-    chosen = jax.tree.map(lambda x: None, params) | {"embed": Numbers()}
-    assert dl.newton_schulz_flops(params, chosen, ns_steps=3) == 3 * (4 * 81 * 99 + 2 * 729)
-
-
-# The vote.
 
 RULES = [
     {"aggregation": "majority", "ties": "zero"},
@@ -355,231 +264,6 @@ def test_trains_on_a_mesh_and_replicas_agree():
     assert dl.replicas_agree(params, mesh)
 
 
-# Which leaves, and which of their axes.
-
-
-def directions(tree, chosen, grads, **options):
-    tx = dl.scale_by_distributed_muon(B1, B2, muon_weight_dimension_numbers=chosen, **options)
-    params = shapes_to_params(tree)
-    step = map_workers(lambda g, s: tx.update(g, s, params), "vmap", 3)
-    return step(grads, stack_state(tx, params, 3))[0]
-
-
-SHAPE = (4, 5, 6)
-AXES = [  # numbers of a leaf of three axes, and the matrices that they make of it
-    (Numbers(1, 2), lambda x: [x[i] for i in range(4)]),
-    (Numbers(2, 1), lambda x: [x[i].T for i in range(4)]),
-    (Numbers(0, 2), lambda x: [x[:, i] for i in range(5)]),
-    (Numbers(-1, 0), lambda x: [x[:, i].T for i in range(5)]),
-    (Numbers(0, (1, 2)), lambda x: [x.reshape(4, 30)]),
-    (Numbers((0, 1), 2), lambda x: [x.reshape(20, 6)]),
-    (Numbers((0, 2), 1), lambda x: [x.swapaxes(1, 2).reshape(24, 5)]),
-]
-
-
-@pytest.mark.parametrize(("numbers", "take"), AXES, ids=[str(tuple(a)) for a, _ in AXES])
-def test_axes_make_matrices(numbers, take):
-    (checked,) = numbers_of(numbers, [np.zeros(SHAPE)])
-    batch = batch_of(SHAPE, checked)
-    x = np.arange(np.prod(SHAPE)).reshape(SHAPE)
-    np.testing.assert_array_equal(batch.of(jnp.asarray(x)), np.stack(take(x)))
-    np.testing.assert_array_equal(batch.back(batch.of(jnp.asarray(x))), x)
-
-
-@pytest.mark.parametrize(("numbers", "take"), AXES, ids=[str(tuple(a)) for a, _ in AXES])
-def test_a_leaf_votes_as_its_matrices_would(numbers, take):
-    rng = np.random.default_rng(7)
-    whole = rng.normal(size=(3, *SHAPE)).astype(np.float32)
-    parts = {str(i): np.stack([take(x)[i] for x in whole]) for i in range(len(take(whole[0])))}
-    got = directions({"x": SHAPE}, {"x": numbers}, {"x": whole}, ballot="ternary")["x"]
-    want = directions({k: v.shape[1:] for k, v in parts.items()}, Numbers(), parts,
-                      ballot="ternary")  # fmt: skip
-    for i, one in enumerate(take(np.asarray(got[0]))):
-        np.testing.assert_array_equal(one, want[str(i)][0])
-
-
-def test_a_prefix_a_function_and_none():
-    params = {"a": {"w": jnp.zeros((6, 5))}, "c": jnp.zeros((5, 6))}
-    two, found = Numbers(), Numbers((0,), (1,))
-    assert numbers_of(two, params) == [found, found]
-    assert numbers_of({"a": two, "c": None}, params) == [found, None]
-    assert numbers_of(lambda p: {"a": {"w": None}, "c": two}, params) == [None, found]
-    assert numbers_of(None, params) == [found, found]
-    assert numbers_of(lambda p: None, params) == [None, None]
-
-
-def test_parameters_may_be_missing():
-    """As of a mask, or a model that is split in two."""
-    params = {"a": None, "c": jnp.zeros((5, 6)), "d": optax.MaskedNode()}
-    numbers = {"a": Numbers(), "c": Numbers(), "d": None}
-    assert numbers_of(numbers, params) == [Numbers((0,), (1,))]
-    assert numbers_of(None, params) == [Numbers((0,), (1,))]
-
-
-def paths_of(params):
-    """The paths that are hidden matrices, with their numbers."""
-    chosen = dl.hidden_matrices(params)
-    is_leaf = lambda x: isinstance(x, Numbers)  # noqa: E731
-    found = jax.tree_util.tree_leaves_with_path(chosen, is_leaf=is_leaf)
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in found}
-
-
-def initial(model, *shape):
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros(shape)))["params"]
-
-
-HIDDEN_PATHS = [
-    "blocks/0/mlp/kernel",
-    "Dense_3/kernel",
-    "heads/0/key/kernel",
-    "w",
-    "layer1/w",
-    "decoder/layers/w1",
-    "MultiHeadDotProductAttention_0/proj/kernel",
-    "ensemble/kernel",
-    "post_dense/kernel",
-    "multi_head/qkv/kernel",
-    "attention/head_0/query/kernel",
-    "PreNormBlock_0/FF_0/Dense_0/kernel",
-    "AdaLayerNorm_0/Dense_0/kernel",
-    "positionwise_feed_forward/w1/kernel",
-    "position_wise_ffn/w",
-    "ImageClassifier_0/encoder/Dense_0/kernel",
-    "text_embedder/blocks/0/w",
-    "time_embedding/linear_1/w",
-    "up_scale/kernel",
-    "lora_a",
-    "transformer/h/0/attn/c_attn/kernel",
-    "model/layers/0/mlp/gate_proj/kernel",
-]
-OTHER_PATHS = [
-    "embed/kernel",
-    "Embed_0/embedding",
-    "tok_emb/weight",
-    "emb",
-    "wte/embedding",
-    "wpe",
-    "pos",
-    "position_embedding",
-    "pos_embed",
-    "lm_head/kernel",
-    "head/kernel",
-    "mlp_head/Dense_0/kernel",
-    "LMHead_0/Dense_0/kernel",
-    "classifier/kernel",
-    "logits/w",
-    "blocks/norm/scale",
-    "LayerNorm_0/scale",
-    "blocks/bias",
-    "mlp/b",
-    "stack/Dense_0/bias",
-    "unembed/w",
-    "score/kernel",
-    "qa_outputs/kernel",
-    "W_E",
-    "attn/q_bias",
-    "in_proj_bias",
-    "rel_pos_bias",
-    "relative_position_bias_table",
-    "ln_scale",
-    "layer_scale",
-    "ln1/weight",
-    "ln_f/g",
-    "rms/weight",
-    "attn/bq",
-    "tokemb",
-    "query_tokens",
-    "cls_token",
-    "codebook",
-    "embeddings/word_embeddings/embedding",
-    "patch_embed/kernel",
-]
-
-
-@pytest.mark.parametrize("path", HIDDEN_PATHS + OTHER_PATHS)
-def test_names_say_what_is_hidden(path):
-    tree = jnp.zeros((4, 6))
-    for name in reversed(path.split("/")):
-        tree = {name: tree}
-    assert paths_of(tree) == ({path: Numbers()} if path in HIDDEN_PATHS else {})
-
-
-def test_vectors_integers_and_convolutions_are_not():
-    params = {"v": jnp.zeros(3), "i": jnp.zeros((3, 4), int), "conv": jnp.zeros((3, 3, 4, 5)),
-              "s": jnp.zeros(())}  # fmt: skip
-    assert paths_of(params) == {}
-
-
-def test_kernels_of_flax_s_attention_are_one_matrix_each():
-    attention = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=6)
-    found = paths_of(initial(attention, 1, 4, 8))
-    whole = Numbers(0, (1, 2))
-    assert found == {"key/kernel": whole, "query/kernel": whole, "value/kernel": whole,
-                     "out/kernel": Numbers((0, 1), 2)}  # fmt: skip
-    model = nnx.MultiHeadAttention(
-        num_heads=2, in_features=8, qkv_features=6, decode=False, rngs=nnx.Rngs(0)
-    )
-    state = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    assert paths_of(state) == found
-
-
-class Layer(nn.Module):
-    """A block without biases but for its norm, an attention of Flax's among it."""
-
-    @nn.compact
-    def __call__(self, x, _):
-        x = nn.LayerNorm()(x)
-        x = nn.Dense(9, use_bias=False, name="query")(x)
-        x = nn.Dense(6, use_bias=False, name="out")(x)
-        return x + nn.MultiHeadDotProductAttention(num_heads=2, use_bias=False)(x, x), None
-
-
-@pytest.mark.parametrize("axis", [0, 1])
-def test_a_scanned_stack_is_a_batch(axis):
-    """On the first axis or, as MaxText has it, the second."""
-    stack = nn.scan(Layer, {"params": axis}, split_rngs={"params": True}, length=4)
-    params = jax.eval_shape(
-        lambda: stack().init(jax.random.key(0), jnp.zeros((2, 5, 6)), None)["params"]
-    )
-    rows, columns = {0: (1, 2), 1: (0, 2)}[axis]
-    before = {0: ((1, (2, 3)), ((1, 2), 3)), 1: ((0, (2, 3)), ((0, 2), 3))}[axis]
-    attention = "MultiHeadDotProductAttention_0"
-    assert paths_of(params) == {
-        "query/kernel": Numbers(rows, columns), "out/kernel": Numbers(rows, columns),
-        **{f"{attention}/{name}/kernel": Numbers(*before[0]) for name in ("key", "query", "value")},
-        f"{attention}/out/kernel": Numbers(*before[1]),
-    }  # fmt: skip
-
-
-AMBIGUOUS = {
-    "nothing beside it": {"w": (3, 4, 5)},
-    "a norm of one layer": {"norm": {"scale": (8,)}, "q_proj": {"kernel": (8, 2, 4)}},
-    "a bias of heads": {"q_proj": {"kernel": (8, 4, 4), "bias": (4, 4)}},
-    "no way out": {"query": {"kernel": (8, 2, 4)}, "norm": {"scale": (8,)}},
-    "experts in a stack": {"norm": {"scale": (3, 8)}, "wi": (3, 2, 8, 9)},
-    "both axes": {"norm": {"scale": (3, 8)}, "w": (3, 8, 9)},
-}
-
-
-@pytest.mark.parametrize("tree", AMBIGUOUS.values(), ids=AMBIGUOUS)
-def test_what_cannot_be_told_is_asked(tree):
-    params = jax.tree.map(jnp.zeros, tree, is_leaf=lambda x: isinstance(x, tuple))
-    with pytest.raises(ValueError, match="can be a stack of matrices as well as one matrix"):
-        dl.hidden_matrices(params)
-
-
-def test_convolutions_of_three_axes_are_left_out():
-    assert paths_of({"Conv_0": {"kernel": jnp.zeros((3, 5, 4)), "bias": jnp.zeros(4)}}) == {}
-    assert paths_of({"conv1": {"weight": jnp.zeros((4, 5, 3)), "bias": jnp.zeros((4, 1))}}) == {}
-
-
-def test_names_may_hold_slashes_and_leaves_may_be_functions():
-    params = {"a/b": {"w": jnp.zeros((3, 4))}, "a": {"b/w": jnp.zeros((5, 6))}, "f": jnp.tanh}
-    assert dl.hidden_matrices(params) == {
-        "a/b": {"w": Numbers()}, "a": {"b/w": Numbers()}, "f": None,
-    }  # fmt: skip
-
-
 def test_an_injected_function_is_named_static():
     """Else Optax calls it with the step, and the default choice would follow in silence."""
     mine = functools.partial(dl.hidden_matrices, exclude=".")
@@ -618,9 +302,3 @@ def test_a_factor_out_of_range_moves_nothing():
         got = jax.jit(updates)(jnp.float32(bad))
         assert not got["bias"].any()
         assert got["tall"].any()
-
-
-def test_an_own_pattern():
-    params = {"Dense_0": {"kernel": jnp.zeros((3, 4))}, "a": {"Dense_0": jnp.zeros((3, 4))}}
-    chosen = dl.hidden_matrices(params, matrices.NOT_HIDDEN + "|^Dense_0/")
-    assert chosen == {"Dense_0": {"kernel": None}, "a": {"Dense_0": Numbers()}}
