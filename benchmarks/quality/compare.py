@@ -3,7 +3,7 @@
 
     python -m benchmarks.quality.compare --size quick         # a look, in minutes on 2 cores
     python -m benchmarks.quality.compare --task images text   # rates alone: hours on 2 cores
-    python -m benchmarks.quality.compare --betas --budget 24  # betas too, as the README's
+    python -m benchmarks.quality.compare --betas --budget 32  # betas too, as the README's
     python -m benchmarks.quality.compare --splits 0.25 0.05   # workers with unlike data
     python -m benchmarks.quality.compare --size paper --images-dir CIFAR --corpus TOKENS  # a GPU
 

@@ -393,7 +393,7 @@ def searched(rest: str, out: str) -> str:
 AGAIN = "--start-from benchmarks/results/headline.jsonl"
 ADDED: list[tuple[str, Find, str]] = [
     ("Ahead of the majority of plain signs", ours(HEADLINE, [MAJORITY], tuple(UNITS)),
-     searched("--budget 24 --workers 2 4 8 16 32 --seeds 42 52 62 72 82 92 --start-from "
+     searched("--budget 32 --workers 2 4 8 16 32 --seeds 42 52 62 72 82 92 --start-from "
               "benchmarks/results/compare.jsonl", "headline")),
     ("Ahead of Lion in full precision", ours(HEADLINE, [LION], tuple(UNITS)), "the same"),
     ("Ahead of AdamW in full precision, betas searched", ours(HEADLINE, [ADAMW], tuple(UNITS)),
