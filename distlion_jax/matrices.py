@@ -65,7 +65,8 @@ def hidden_matrices(params: Any, exclude: str = NOT_HIDDEN) -> Any:
       A tree as ``params``: ``optax.contrib.MuonDimensionNumbers``, or None for the other leaves.
 
     Raises:
-      ValueError: for a leaf of three axes that can be a stack as well as one matrix.
+      ValueError: for a leaf of three axes that can be a stack as well as one matrix; for an
+        ``exclude`` that is no regular expression.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -76,6 +77,12 @@ def hidden_matrices(params: Any, exclude: str = NOT_HIDDEN) -> Any:
       >>> print(mine["mlp"]["w"])
       None
     """
+    try:
+        excluded = re.compile(exclude)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"`exclude` must be a regular expression, as '^Dense_0/'; got {exclude!r}: {error}."
+        ) from error
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     if len(leaves) == 1 and not leaves[0][0] and jnp.ndim(leaves[0][1]) == 0:
         raise ValueError(
@@ -88,10 +95,7 @@ def hidden_matrices(params: Any, exclude: str = NOT_HIDDEN) -> Any:
     shapes = [jnp.shape(x) if _is_float(x) else () for _, x in leaves]
     known = list(zip(names, shapes, strict=True))
     return treedef.unflatten(
-        [
-            None if re.search(exclude, name) else _numbers(name, shape, known)
-            for name, shape in known
-        ]
+        [None if excluded.search(name) else _numbers(name, shape, known) for name, shape in known]
     )
 
 

@@ -487,6 +487,9 @@ CASES = {
             {"query": {"kernel": jnp.ones((3, 3, 4))}, "out": {"kernel": jnp.ones((3, 4, 3))}}
         )
     ),
+    "`exclude` must be a regular expression, as '^Dense_0/'; got '(': missing": lambda: (
+        dl.hidden_matrices(PARAMS, exclude="(")
+    ),
     "`n` (workers) must be at least 1; got 0.": lambda: dl.wire_cost(PARAMS, 0),
     "unknown rule among 'majority', 'x', 'binary'": lambda: reference.vote(
         reference.init([], 1), [[]], ties="x"

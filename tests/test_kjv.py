@@ -19,7 +19,9 @@ def test_its_books_are_a_corpus(kjv, tmp_path):
     books = benchmark("tasks.data").read_corpus(file)
     assert len(books) == 66
     assert books[0].startswith("In the beginning God created the heaven and the earth.")
-    assert books[-1].rstrip().endswith("The grace of our Lord Jesus Christ [be] with you all. Amen.")
+    assert (
+        books[-1].rstrip().endswith("The grace of our Lord Jesus Christ [be] with you all. Amen.")
+    )
     assert min(map(len, books)) > 1000
     before = file.read_bytes()
     kjv.run(kjv.parse(["--out", str(file)]))
