@@ -6,20 +6,23 @@ Out: an Optax transformation whose extra arguments say who takes part.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from distlion_jax import _checks as checks
 from distlion_jax._promotion import default_promotion
 from distlion_jax._rules import AxisName, Rules
-from distlion_jax._vote import stamp, turnout, wire
+from distlion_jax._vote import shards, stamp, turnout, wire
 from distlion_jax._vote.turnout import Round
+from distlion_jax._vote.words import Layout
 
 
 class Healthy(NamedTuple):
@@ -60,6 +63,7 @@ def in_rounds(
     update: InRound,
     axis_name: AxisName,
     rules: Rules | None,
+    split: Literal["shards", "whole", "never"] = "whole",
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation of the worker's own gradients, a round an ``update``.
 
@@ -69,6 +73,9 @@ def in_rounds(
       update: ``(context, updates, state, params)`` to the new updates and state, but for those two.
       axis_name: mapped axis, or axes.
       rules: what the workers follow; None where all weigh alike.
+      split: what it needs of leaves that a worker's own devices share: their shards, each on its
+        device; nothing, as it takes whole leaves and leaves the rest to the compiler; or that there
+        are none.
     """
     checks.check_axis_name(axis_name)
 
@@ -81,6 +88,7 @@ def in_rounds(
         participating: ArrayLike | None = None,
         weight: ArrayLike | None = None,
         healthy: Healthy | None = None,
+        specs: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         del extra_args
@@ -101,6 +109,15 @@ def in_rounds(
             )
         leaves = jax.tree.leaves(updates)
         context = turnout.begin(state.count, leaves, axis_name, rules, participating, weight)
+        if split == "shards":
+            found = shards.find(updates, specs, axis_name, context.layout)
+            context = dataclasses.replace(context, shards=found)
+        elif split == "never" and (inner := shards.inner_sizes(axis_name)):
+            raise ValueError(
+                f"`mesh` has axes {list(inner)} beside `axis_name` {axis_name!r}, which split the "
+                "parameters: a compressed average looks at whole leaves. Use distributed_lion, or "
+                "average_gradients before an ordinary optimizer."
+            )
         updates, new = update(context, updates, state, params)
         counted = {"count": jnp.asarray(optax.safe_increment(state.count))}
         if hasattr(state, "stamp"):
@@ -108,3 +125,44 @@ def in_rounds(
         return updates, new._replace(**counted)
 
     return optax.GradientTransformationExtraArgs(init, update_fn)
+
+
+Hold = Callable[[Round, optax.Updates, optax.Updates], tuple[Any, Any, Any]]
+
+
+def on_shards(hold: Hold, context: Round, updates: Any, mu: Any) -> tuple[Any, Any, Any]:
+    """``hold(context, updates, mu)`` by every device of a worker, each on its own shards.
+
+    Args:
+      hold: what a round does: to new updates, new momenta, and figures that are the same on all
+        devices of the worker.
+      context: the round.
+      updates: the worker's own, of whole shapes.
+      mu: likewise, or with a leading axis of size 1.
+    """
+    split = context.shards
+    if split is None:
+        return hold(context, updates, mu)
+
+    def on_device(g: Any, m: Any, index: Any, numbers: Any) -> tuple[Any, Any, Any]:
+        # Not lax.axis_index: in a nested region it does not lower before jax 0.10.
+        own = dataclasses.replace(split, index={name: i[0] for name, i in index.items()})
+        layout = Layout([x.shape for x in jax.tree.leaves(g)])
+        return hold(dataclasses.replace(context, **numbers, layout=layout, shards=own), g, m)
+
+    treedef = jax.tree.structure(updates)
+    specs = treedef.unflatten(split.specs)
+    by_leaf = jax.tree.map(
+        lambda spec, g, m: P(None, *spec) if m.ndim > g.ndim else spec,
+        specs, updates, mu, is_leaf=lambda x: isinstance(x, P),
+    )  # fmt: skip
+    numbers = {name: getattr(context, name) for name in ("count", "number", "worker", "weight")}
+    mapped = jax.shard_map(
+        on_device,
+        in_specs=(specs, by_leaf, {name: P(name) for name in split.axes}, P()),
+        out_specs=(specs, by_leaf, P()),
+        axis_names=set(split.axes),
+        check_vma=False,
+    )
+    index = {name: jnp.arange(size, dtype=jnp.int32) for name, size in split.sizes.items()}
+    return mapped(updates, mu, index, numbers)

@@ -18,7 +18,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from distlion_jax import _checks as checks
-from distlion_jax._rounds import in_rounds
+from distlion_jax._rounds import in_rounds, on_shards
 from distlion_jax._rules import (
     Aggregation,
     AxisName,
@@ -30,6 +30,7 @@ from distlion_jax._rules import (
 )
 from distlion_jax._vote import ballot, stamp, transports, turnout, verdict, wire
 from distlion_jax._vote.ballot import Ballot
+from distlion_jax._vote.shards import Shards
 from distlion_jax._vote.turnout import Round
 from distlion_jax._vote.verdict import Verdict, VoteHealth
 from distlion_jax.exchanges import Roles
@@ -64,20 +65,25 @@ class ScaleByDistributedLionState(NamedTuple):
         return cls(jnp.asarray(count), mu, health, stamp.blank())
 
 
-# Makes of a round's number, gradients and momenta (trees alike) the two that a ballot blends.
-Prepare = Callable[[Array, optax.Updates, optax.Updates], tuple[optax.Updates, optax.Updates]]
+# Makes of a round's number, gradients and momenta (trees alike) the two trees that a ballot blends.
+# Where they are shards, it is told how they were split.
+Prepare = Callable[
+    [Array, Shards | None, optax.Updates, optax.Updates], tuple[optax.Updates, optax.Updates]
+]
 
 
-def as_they_are(count: Array, updates: optax.Updates, mu: optax.Updates) -> Any:
+def as_they_are(
+    count: Array, shards: Shards | None, updates: optax.Updates, mu: optax.Updates
+) -> Any:
     """Lion's ballot: the sign of the blend itself."""
-    del count
+    del count, shards
     return updates, mu
 
 
 def cast(
     context: Round,
     updates: optax.Updates,
-    state: ScaleByDistributedLionState,
+    mu: optax.Updates,
     b1: ArrayLike,
     b2: ArrayLike,
     prepare: Prepare = as_they_are,
@@ -88,9 +94,9 @@ def cast(
     part. ``prepare`` replaces what is blended for the ballot, and not what is remembered.
     """
     gradients, treedef = jax.tree.flatten(updates)
-    old = treedef.flatten_up_to(state.mu)
+    old = treedef.flatten_up_to(mu)
     shaped = [m.reshape(g.shape) for g, m in zip(gradients, old, strict=True)]
-    g, m = prepare(state.count, updates, treedef.unflatten(shaped))
+    g, m = prepare(context.count, context.shards, updates, treedef.unflatten(shaped))
     mine = ballot.cast(context, treedef.flatten_up_to(g), treedef.flatten_up_to(m), b1)
     voted = mine.weight > 0
 
@@ -179,13 +185,17 @@ def scale_by_vote(
             return turnout.nothing(updates), state
         noise = 0.0 if rules.noise is None else rules.noise
         context = context.only_if(turnout.sane(b1, b2, state.mu, rules.dead_zone, noise))
-        mine, mu = cast(context, updates, state, b1, b2, prepare)
+        direction, mu, health = on_shards(hold, context, updates, state.mu)
+        mu, health = wire.vary_tree((mu, health), axis_name)  # as the state is stacked
+        return direction, state._replace(mu=mu, health=health)
+
+    def hold(context: Round, updates: optax.Updates, mu: optax.Updates) -> tuple[Any, ...]:
+        mine, mu = cast(context, updates, mu, b1, b2, prepare)
         decided = transports.run_round(mine, context)
         health = verdict.health_of(decided, context, mine.weight > 0)
-        health = wire.vary_tree(health, axis_name)  # as the state is stacked
-        return apply(context, decided, updates), state._replace(mu=mu, health=health)
+        return apply(context, decided, updates), mu, health
 
-    return in_rounds(init, update, axis_name, rules)
+    return in_rounds(init, update, axis_name, rules, split="shards")
 
 
 @takes_vote_options

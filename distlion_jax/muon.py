@@ -27,6 +27,7 @@ from distlion_jax._rules import (
     check_from_zero,
     takes_vote_options,
 )
+from distlion_jax._vote.shards import Shards
 from distlion_jax._vote.turnout import blend, remember
 from distlion_jax.lion import Prepare, check_momenta, scale_by_vote
 
@@ -42,7 +43,7 @@ def _orthogonalised(
     where they are not.
     """
 
-    def prepare(count: Array, updates: Any, mu: Any) -> tuple[Any, Any]:
+    def prepare(count: Array, shards: Shards | None, updates: Any, mu: Any) -> tuple[Any, Any]:
         gradients, treedef = jax.tree.flatten(updates)
         momenta = treedef.flatten_up_to(mu)
         numbers = numbers_of(chosen, updates)
@@ -77,7 +78,7 @@ def _alone(
     @default_promotion
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        signed = prepare(state.count, updates, state.mu)
+        signed = prepare(state.count, None, updates, state.mu)
         direction = jax.tree.map(
             lambda g, x, m: jnp.sign(blend(x, m, b1)).astype(g.dtype), updates, *signed
         )

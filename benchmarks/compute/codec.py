@@ -79,7 +79,7 @@ def codec(params: Any) -> tuple[Runs, words.Layout]:
     flat, treedef = jax.tree.flatten(params)
     layout = words.Layout([x.shape for x in flat])
     one, zero = jnp.int32(1), jnp.int32(0)
-    context = Round(zero, zero, one, "data", layout, RULES)
+    context = Round(zero, zero, zero, one, "data", layout, RULES)
     tail = optax.chain(optax.add_decayed_weights(0.1), optax.scale_by_learning_rate(1e-4))
 
     def cast(g: Any, m: Any) -> Any:

@@ -24,7 +24,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from distlion_jax._vote import coins, noise, turnout, words
+from distlion_jax._vote import noise, turnout, words
 from distlion_jax._vote.turnout import Round
 
 
@@ -74,7 +74,7 @@ def cast(context: Round, gradients: Sequence[Array], mu: Sequence[Array], b1: Ar
     # costs no pass over the floats.
     context = context.only_if(jnp.all((positive & ~opinion) == 0))
     if rules.ballot == "binary":
-        coin = coins.coins(context.number, context.worker + 1, 0, layout.groups)
+        coin = context.coins(context.number, context.worker + 1, 0, layout.groups)
         votes, present = positive | (coin & ~opinion), words.any_in_block(opinion)
     else:
         votes, present = positive, opinion

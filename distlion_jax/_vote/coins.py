@@ -25,6 +25,11 @@ def _seed(round: Array, stream: Array | int) -> Array:
     return mix(jnp.asarray(round).astype(jnp.uint32) ^ mix(jnp.asarray(stream).astype(jnp.uint32)))
 
 
+def salted(stream: Array | int, salt: Array) -> Array:
+    """A stream for each salt; that of salt 0 is the stream itself."""
+    return jnp.asarray(stream).astype(jnp.uint32) ^ mix(salt.astype(jnp.uint32))
+
+
 def coins(round: Array, stream: Array | int, first_group: Array | int, groups: int) -> Array:
     """Fair coins of (round, coordinate, stream), 32 to a word; no state, no key, same on replay.
 
@@ -42,10 +47,21 @@ def coins(round: Array, stream: Array | int, first_group: Array | int, groups: i
     return mix((word + first) ^ _seed(round, stream))
 
 
-def uniforms(round: Array, stream: Array | int, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
-    """Numbers in [0, 1) of (round, coordinate, stream), as the coins: float32, an array a leaf."""
+def uniforms(
+    round: Array,
+    stream: Array | int,
+    shapes: Sequence[tuple[int, ...]],
+    salts: Sequence[Array] | None = None,
+) -> list[Array]:
+    """Numbers in [0, 1) of (round, coordinate, stream), as the coins: float32, an array a leaf.
+
+    With ``salts``, one for each leaf, of (round, coordinate, stream, salt).
+    """
+    streams = [stream] * len(shapes)
+    if salts is not None:
+        streams = [salted(stream, salt) for salt in salts]
     out, first = [], 0
-    for shape in shapes:
+    for stream, shape in zip(streams, shapes, strict=True):
         size = int(np.prod(shape, dtype=np.int64))
         index = jnp.arange(size, dtype=jnp.uint32) + np.uint32(first & 0xFFFFFFFF)
         bits = mix(index ^ _seed(round, stream)) >> np.uint32(8)

@@ -27,9 +27,11 @@ def _amplitudes(
     blends = [blend(g, m, b1).astype(jnp.float32) for g, m in zip(gradients, mu, strict=True)]
     squares = jnp.stack([jnp.sum(c * c) for c in blends])
     context = context.only_if(all_finite(squares))
+    if context.shards is not None:
+        squares = context.shards.total_of_leaves(squares)
     mine = jnp.where(context.takes_part, jnp.append(squares, 1.0), 0.0)
     *totals, workers = wire.total(mine, context.axis)
-    sizes = jnp.asarray([max(c.size, 1) for c in blends], jnp.float32)
+    sizes = jnp.asarray([max(size, 1) for size in context.sizes], jnp.float32)
     scale = jnp.sqrt(jnp.stack(totals) / (sizes * jnp.maximum(workers, 1.0)))
     return jnp.asarray(context.rules.noise) * scale
 
@@ -49,5 +51,6 @@ def draw(
     """
     amplitudes = _amplitudes(context, gradients, mu, b1)
     stream = jnp.asarray(context.worker + 1).astype(jnp.uint32) | _NOT_THE_COINS
-    uniforms = coins.uniforms(context.number, stream, [g.shape for g in gradients])
+    salts = None if context.shards is None else context.shards.salts()
+    uniforms = coins.uniforms(context.number, stream, [g.shape for g in gradients], salts)
     return [(2.0 * u - 1.0) * a for u, a in zip(uniforms, amplitudes, strict=True)]

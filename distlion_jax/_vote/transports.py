@@ -75,7 +75,7 @@ class AllGather(Transport):
         ballots, number = _read_ballots(gathered, rules, layout.groups)
 
         def count_and_judge() -> tuple[tuple[Array, ...], Array, Array]:
-            return judge(tally.count(ballots, rules.top_weight), layout, rules, number, 0)
+            return judge(tally.count(ballots, rules.top_weight), context, number, 0)
 
         def nobody() -> tuple[tuple[Array, ...], Array, Array]:
             shapes = jax.eval_shape(count_and_judge)
@@ -117,8 +117,8 @@ class TwoPhase(Transport):
         scattered = wire.scatter(frame, axis, frames.pieces(rules, frame.shape[1]))
         ballots, number = _read_ballots(scattered, rules, groups)
         count = tally.count(ballots, rules.top_weight)
-        first = wire.worker(axis) * groups
-        planes, tied, margin = judge(count, layout, rules, number, first)
+        first = context.worker * groups
+        planes, tied, margin = judge(count, context, number, first)
         header = jnp.stack(_entrants(ballots.weight)).astype(jnp.uint32)
         figures = [frames.to_words(x) for x in (tied, margin)]
         frame = frames.frame([*planes, header, *figures], 1)[0]
@@ -164,11 +164,11 @@ class Psum(Transport):
             )
             for x, side in zip(sums, sides, strict=True)
         )
-        mine = jnp.where(wire.worker(axis) == 0, context.number, 0)  # the sum is worker 0's number
+        mine = jnp.where(context.worker == 0, context.number, 0)  # the sum is worker 0's number
         figures = jnp.stack([(ballot.weight > 0).astype(jnp.int32), ballot.weight, mine])
         entered, weight, number = wire.total(figures, axis)
         count = tally.Count(positive, voters)
-        planes, tied, margin = judge(count, context.layout, rules, number, 0)
+        planes, tied, margin = judge(count, context, number, 0)
         return Verdict(planes, entered, weight, tied, margin)
 
     def collectives(self, layout: Layout, n: int, rules: Rules) -> tuple[Collective, ...]:

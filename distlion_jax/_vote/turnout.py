@@ -15,13 +15,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from distlion_jax._promotion import default_promotion
 from distlion_jax._rules import MAX_WEIGHT, AxisName, Rules, concrete_value
 from distlion_jax._vote import coins, wire
-from distlion_jax._vote.words import Layout
+from distlion_jax._vote.shards import Shards
+from distlion_jax._vote.words import BLOCK, Layout
 from distlion_jax.exchanges import Roles
 
 FIGURES = 2  # that a mean sends beside its numbers: sum of the weights, workers
@@ -31,12 +33,14 @@ FIGURES = 2  # that a mean sends beside its numbers: sum of the weights, workers
 class Round:
     """One round, as one worker sees it."""
 
+    count: Array  # int32[]; the same on all workers: rounds so far
     number: Array  # int32[]; the same on all workers: rounds so far, mixed with the seed
     worker: Array  # int32[]: this worker's index
     weight: Array  # int32[]: this worker's say; 0: it sits the round out
     axis: AxisName
     layout: Layout  # of the leaves
     rules: Rules  # those that the axis's number of workers follows
+    shards: Shards | None = None  # how a worker's devices share the leaves; None: it is one device
 
     @property
     def workers(self) -> int:
@@ -48,9 +52,45 @@ class Round:
         """``bool[]``: whether this worker does."""
         return self.weight > 0
 
+    @property
+    def sizes(self) -> list[int]:
+        """Coordinates of each whole leaf."""
+        whole = self.layout if self.shards is None else self.shards.whole
+        return [leaf.size for leaf in whole.leaves]
+
     def only_if(self, fine: Array) -> "Round":
-        """The same round, which this worker sits out unless all is fine."""
+        """The same round, which this worker sits out unless all is fine on all of its devices."""
+        if self.shards is not None:
+            fine = self.shards.all(fine)
         return dataclasses.replace(self, weight=jnp.where(fine, self.weight, 0))
+
+    def coins(self, number: Array, stream: Array | int, first: Array | int, groups: int) -> Array:
+        """``uint32[groups, 128]``: coins of the groups ``first, ...``, alike on copies of a shard.
+
+        Args:
+          number: the round's.
+          stream: as of :func:`distlion_jax._vote.coins.coins`.
+          first: index of the first group wanted.
+          groups: how many groups.
+        """
+        if self.shards is None:
+            return coins.coins(number, stream, first, groups)
+        words = jnp.zeros((groups, BLOCK), jnp.uint32)
+        for kind, chosen in self.shards.kinds():
+            salted = coins.salted(stream, self.shards.salt(kind))
+            mask = self.layout.window(chosen, first, groups)
+            words |= mask & coins.coins(number, salted, first, groups)
+        return words
+
+    def counted(self, first: Array | int, groups: int) -> Array:
+        """``uint32[groups, 128]``: bits that stand for a coordinate, in one copy of each shard."""
+        if self.shards is None:
+            return self.layout.window([True] * len(self.layout.leaves), first, groups)
+        words = jnp.zeros((groups, BLOCK), jnp.uint32)
+        for kind, chosen in self.shards.kinds():
+            mask = self.layout.window(chosen, first, groups)
+            words |= jnp.where(self.shards.is_first(kind), mask, np.uint32(0))
+        return words
 
 
 def begin(
@@ -75,11 +115,12 @@ def begin(
       ValueError: for an axis that is not bound, or arguments of another kind.
     """
     rules = Rules() if rules is None else rules
-    n = wire.size(axis)
+    n, count = wire.size(axis), number
     if rules.seed:  # without one, or with 0, coins and noise are of the round alone
         seed = jax.lax.bitcast_convert_type(coins.mix(jnp.uint32(rules.seed)), jnp.int32)
         number = number ^ seed
     return Round(
+        count,
         number,
         wire.worker(axis),
         say(rules, participating, weight),

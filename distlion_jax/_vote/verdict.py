@@ -12,9 +12,9 @@ import numpy as np
 from jax import Array
 
 from distlion_jax._rules import Rules
-from distlion_jax._vote import coins, tally, words
+from distlion_jax._vote import tally, words
 from distlion_jax._vote.turnout import Round
-from distlion_jax._vote.words import BLOCK, PLANES, Layout
+from distlion_jax._vote.words import PLANES
 from distlion_jax.exchanges import Roles
 
 
@@ -41,29 +41,27 @@ class VoteHealth(NamedTuple):
 
 
 def judge(
-    count: tally.Count, layout: Layout, rules: Rules, round: Array, first: Array | int
+    count: tally.Count, context: Round, number: Array, first: Array | int
 ) -> tuple[tuple[Array, ...], Array, Array]:
-    """Planes, ties and margins of the groups ``first, first + 1, ...`` that were counted."""
+    """Planes, ties and margins of the groups ``first, first + 1, ...`` that were counted.
+
+    ``number`` is the round's, as all workers have it.
+    """
+    layout, rules = context.layout, context.rules
     groups = count.positive[0].shape[0]
     if rules.aggregation == "majority":
-        coin = coins.coins(round, 0, first, groups) if rules.ties == "coin" else jnp.uint32(0)
+        coin = context.coins(number, 0, first, groups) if rules.ties == "coin" else jnp.uint32(0)
         planes = tally.majority(count, rules.ties, coin)
     else:
         planes = tally.average(count)
     if rules.health == "off":
         return planes, jnp.zeros((0,), jnp.float32), jnp.zeros((0,), jnp.float32)
-    index = first + jnp.arange(groups)
-    # Groups past the last one are padding: the row of zeros at the end of the table.
-    table = np.concatenate([layout.tail_mask, np.zeros((1, BLOCK), np.uint32)])
-    tail = jnp.asarray(table)[jnp.clip(index - layout.body_groups, 0, layout.tail_groups)]
-    in_body = (index < layout.body_groups)[:, None]
-    valid_bits = jnp.where(in_body, np.uint32(0xFFFFFFFF), tail)
     owner, segments = None, 1
     if rules.health == "leaf":
         segments = len(layout.leaves)
         rows = np.concatenate([layout.block_leaf, np.full((1, PLANES), segments, np.int32)])
-        owner = jnp.asarray(rows)[jnp.minimum(index, layout.groups)]
-    margins = tally.margins(count, valid_bits, owner, segments)
+        owner = jnp.asarray(rows)[jnp.minimum(first + jnp.arange(groups), layout.groups)]
+    margins = tally.margins(count, context.counted(first, groups), owner, segments)
     return planes, margins.tied, margins.margin
 
 
@@ -88,13 +86,16 @@ def no_health(rules: Rules, leaves: int) -> VoteHealth | None:
 
 def health_of(verdict: Verdict, context: Round, voted: Array) -> VoteHealth | None:
     """Of a round: sums as shares of the coordinates, and of the voters' weight."""
-    rules, layout = context.rules, context.layout
+    rules = context.rules
     if rules.health == "off":
         return None
-    sizes = [leaf.size for leaf in layout.leaves] if rules.health == "leaf" else [layout.size]
+    sizes = context.sizes if rules.health == "leaf" else [sum(context.sizes)]
     size = jnp.asarray([max(s, 1) for s in sizes], jnp.float32)
-    tied = verdict.tied / size
-    margin = verdict.margin / (size * jnp.maximum(verdict.weight, 1).astype(jnp.float32))
+    tied, margin = verdict.tied, verdict.margin
+    if context.shards is not None:
+        tied, margin = context.shards.total(jnp.stack([tied, margin]))
+    tied = tied / size
+    margin = margin / (size * jnp.maximum(verdict.weight, 1).astype(jnp.float32))
     if rules.health == "leaf":
         return VoteHealth(voted, verdict.voters, list(tied), list(margin))
     return VoteHealth(voted, verdict.voters, tied[0], margin[0])

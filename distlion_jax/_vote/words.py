@@ -71,17 +71,43 @@ class Layout:
         owner[self.body_groups :] = tails.reshape(PLANES, self.tail_groups).T
         return owner
 
-    @cached_property
-    def tail_mask(self) -> np.ndarray:
-        """``uint32[tail_groups, 128]``: bits of the tail groups that stand for a coordinate."""
+    def bits_of(self, chosen: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
+        """Bits that stand for a coordinate of the chosen leaves.
+
+        Returns:
+          ``uint32[body_groups]``, all bits or none of each; ``uint32[tail_groups, 128]``.
+        """
+        body = np.zeros(self.body_groups, np.uint32)
         valid = np.zeros((self.tail_groups * PLANES, BLOCK), np.uint32)
-        flat = valid.reshape(-1)
-        for leaf in self.leaves:
-            start = leaf.tail_block * BLOCK
-            flat[start : start + leaf.tail] = 1
-        planes = valid.reshape(PLANES, self.tail_groups, BLOCK)
-        shifts = np.arange(PLANES, dtype=np.uint32)[:, None, None]
-        return np.bitwise_or.reduce(planes << shifts, axis=0, dtype=np.uint32)
+        for leaf, wanted in zip(self.leaves, chosen, strict=True):
+            if wanted:
+                body[leaf.first : leaf.first + leaf.groups] = 0xFFFFFFFF
+                start = leaf.tail_block * BLOCK
+                valid.reshape(-1)[start : start + leaf.tail] = 1
+        return body, _pack_tails(valid, self.tail_groups)
+
+    def window(self, chosen: Sequence[bool], first: Array | int, groups: int) -> Array:
+        """``uint32[groups, 128]``: :meth:`bits_of` the groups ``first, first + 1, ...``.
+
+        Groups past the last one are padding, and have none.
+        """
+        index = first + jnp.arange(groups)
+        body, tails = self.bits_of(chosen)
+        # Padding reads the row of zeros at the end of the table.
+        table = np.concatenate([tails, np.zeros((1, BLOCK), np.uint32)])
+        tail = jnp.asarray(table)[jnp.clip(index - self.body_groups, 0, self.tail_groups)]
+        in_body = (index < self.body_groups)[:, None]
+        if all(chosen):
+            return jnp.where(in_body, np.uint32(0xFFFFFFFF), tail)
+        rows = jnp.asarray(np.append(body, np.uint32(0)))[jnp.minimum(index, self.body_groups)]
+        return jnp.where(in_body, rows[:, None], tail)
+
+
+def _pack_tails(valid: np.ndarray, groups: int) -> np.ndarray:
+    """Blocks of 0 and 1, ``[32 * groups, 128]``, as the words of the tail groups."""
+    shifts = np.arange(PLANES, dtype=np.uint32)[:, None, None]
+    planes = valid.reshape(PLANES, groups, BLOCK) << shifts
+    return np.bitwise_or.reduce(planes, axis=0, dtype=np.uint32)
 
 
 def _keeps_axes(leaf: Leaf) -> bool:

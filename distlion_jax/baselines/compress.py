@@ -237,7 +237,7 @@ def compressed_average(
             health=as_held(health, state.health, axis_name),
         )
 
-    return in_rounds(init, update, axis_name, None)
+    return in_rounds(init, update, axis_name, None, split="never")
 
 
 def keep_unless_absent(context: Round, new: Any, old: Any) -> Any:

@@ -212,4 +212,4 @@ def deep_gradient_compression(
             health=as_held(health, state.health, axis_name),
         )
 
-    return in_rounds(init, update, axis_name, None)
+    return in_rounds(init, update, axis_name, None, split="never")
