@@ -36,6 +36,8 @@ Train steps:
     set_hyperparams             injected hyperparameters, set by hand
     state_specs                 PartitionSpec of a state, for such a function
     vote_health, mean_health    how the last round went, from a state
+    sharded                     a transformation for models that are split over other axes
+    replica_value_and_grad      the gradient of every replica of such a model
     replicas_agree, all_same    compare what devices hold, bit for bit
     join                        several processes find each other, or end with the reason
 
@@ -108,8 +110,10 @@ from distlion_jax.train import (
     make_train_step,
     mean_health,
     pmap_replicate,
+    replica_value_and_grad,
     replicas_agree,
     replicate,
+    sharded,
     stack,
     state_specs,
     unstack,
@@ -157,6 +161,7 @@ __all__ = [
     "mean_health",
     "newton_schulz_flops",
     "pmap_replicate",
+    "replica_value_and_grad",
     "replicas_agree",
     "replicate",
     "replicated",
@@ -165,6 +170,7 @@ __all__ = [
     "scale_by_distributed_lion",
     "scale_by_distributed_muon",
     "set_hyperparams",
+    "sharded",
     "stack",
     "state_like",
     "state_specs",

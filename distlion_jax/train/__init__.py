@@ -17,6 +17,7 @@ from distlion_jax.train._mesh import (
 from distlion_jax.train._metrics import Metrics, mean_health, vote_health
 from distlion_jax.train._placement import state_specs
 from distlion_jax.train._pmap import make_pmap_train_step, pmap_replicate
+from distlion_jax.train._replicas import replica_value_and_grad, sharded
 from distlion_jax.train._shard_map import make_train_step
 from distlion_jax.train._state import init_state, stack, unstack
 
@@ -32,9 +33,11 @@ __all__ = [
     "make_train_step",
     "mean_health",
     "pmap_replicate",
+    "replica_value_and_grad",
     "replicas_agree",
     "replicate",
     "replicated",
+    "sharded",
     "stack",
     "state_specs",
     "unstack",

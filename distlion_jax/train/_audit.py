@@ -22,6 +22,8 @@ from distlion_jax._promotion import default_promotion
 from distlion_jax._rules import AxisName
 from distlion_jax._vote import wire
 from distlion_jax._vote.coins import mix
+from distlion_jax._vote.shards import names
+from distlion_jax.train._specs import canonical, spec_of
 
 
 @default_promotion
@@ -63,10 +65,11 @@ def all_same(tree: Any, axis_name: AxisName) -> Array:
 
 
 def replicas_agree(tree: Any, mesh: Mesh) -> bool:
-    """Whether every device of the mesh holds the same bits of arrays that claim to be replicated.
+    """Whether all devices that hold the same part of an array hold the same bits of it.
 
     Args:
-      tree: arrays replicated over the mesh (parameters; not per-worker state).
+      tree: arrays that are replicated over the mesh, or over some of its axes (parameters; not
+        per-worker state).
       mesh: the mesh; every process of a multi-process job must call this.
 
     Returns:
@@ -83,24 +86,45 @@ def replicas_agree(tree: Any, mesh: Mesh) -> bool:
     """
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         sharding = getattr(x, "sharding", None)
-        if sharding is None or not sharding.is_fully_replicated:
+        if sharding is None or sharding.num_devices == _shards(sharding, x.shape):
             raise ValueError(
                 f"`tree{jax.tree_util.keystr(path)}` is not replicated over devices (its sharding "
                 f"is {sharding}): there are no replicas of it to compare."
             )
-    return everywhere(comparison(mesh)(tree))
+    return agree(tree, mesh)
+
+
+def _shards(sharding: Any, shape: tuple[int, ...]) -> int:
+    """How many different parts of an array its devices hold."""
+    return len({str(index) for index in sharding.devices_indices_map(shape).values()})
+
+
+def agree(tree: Any, mesh: Mesh) -> bool:
+    """Whether all devices that hold the same part of an array hold the same bits of it."""
+    leaves = jax.tree.leaves(tree)
+    specs = tuple(canonical(spec_of(x, mesh), mesh) for x in leaves)
+    return everywhere(comparison(mesh, specs)(leaves)) if leaves else True
 
 
 @functools.cache
-def comparison(mesh: Mesh) -> Callable[[Any], Array]:
-    """Of replicated arrays: ``bool[devices]``, whether all devices hold the same bits."""
-    names = mesh.axis_names
+def comparison(mesh: Mesh, specs: tuple[P, ...]) -> Callable[[list[Array]], Array]:
+    """Of arrays with these specs: ``bool[devices]``, whether all copies have the same bits."""
+    copies = [tuple(a for a in mesh.axis_names if a not in names(spec)) for spec in specs]
+
+    def compare(leaves: list[Array]) -> Array:
+        same = jnp.bool_(True)
+        for axes in dict.fromkeys(copies):
+            some = [x for x, mine in zip(leaves, copies, strict=True) if mine == axes]
+            if axes:
+                same &= all_same(some, axes)
+        return same[None]
+
     return jax.jit(
         jax.shard_map(
-            lambda tree: all_same(tree, names)[None],
+            compare,
             mesh=mesh,
-            in_specs=P(),
-            out_specs=P(names),
+            in_specs=(list(specs),),
+            out_specs=P(mesh.axis_names),
             check_vma=False,
         )
     )

@@ -21,6 +21,7 @@ from distlion_jax.train._checks import check_averaged, check_declared, check_dif
 from distlion_jax.train._drive import MOST_PARTS, Driver, Place, Step, given
 from distlion_jax.train._notes import leading_on
 from distlion_jax.train._placement import Placement
+from distlion_jax.train._replica_step import replica_step
 from distlion_jax.train._state import stack, unstack
 from distlion_jax.train._worker import worker_step
 
@@ -45,8 +46,10 @@ def make_train_step(
       loss_fn: ``loss_fn(params, batch)`` to the mean loss over this worker's batch, or to
         ``(loss, aux)`` with ``has_aux``. Where steps are given a key, it is the last argument.
       tx: a transformation built for the same ``axis_name``.
-      mesh: the mesh, of Auto or Explicit axes; those beside ``axis_name``, if any, must be
-        ``mean_axis_name``.
+      mesh: the mesh, of Auto or Explicit axes. Where it has axes beside ``axis_name`` and
+        ``mean_axis_name``, each worker is a replica of a model that is split over them, as its
+        parameters lie. They must be Auto. The batch is placed over ``axis_name`` and the axes that
+        share a replica's rows.
       axis_name: the axis, or axes, that vote.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``; aux is a tree of numbers to average.
       has_model_state: whether the model has state beside its parameters, such as the statistics of
@@ -102,7 +105,13 @@ def make_train_step(
     """
     check_choice("gradients", gradients, ("local", "mean"))
     check_static("microbatches", microbatches, "int", MOST_PARTS)
-    place = _placed(mesh, axis_name, mean_axis_name)
+    place = Placement(mesh, axis_name, wire.axes(mean_axis_name) if mean_axis_name else ())
+    if place.replica_axes:
+        _check_replicas(place, mean_axis_name, gradients)
+        return replica_step(
+            loss_fn, tx, place, has_aux=has_aux, has_model_state=has_model_state,
+            microbatches=microbatches, check_vma=check_vma, donate=donate,
+        )  # fmt: skip
     stacked = gradients == "local"
     worker = worker_step(
         loss_fn,
@@ -156,7 +165,7 @@ def make_train_step(
             stacked=stacked,
             watched=not check_vma and place.shards > 1,
         ),
-        lambda tree: audit.everywhere(audit.comparison(mesh)(tree)),
+        lambda tree: audit.agree(tree, mesh),
         lambda args, rng, extra: jitted.lower(False, *args, **given(rng, extra)),
         has_model_state=has_model_state,
         microbatches=microbatches,
@@ -179,11 +188,17 @@ def make_train_step(
     return cast(Step, step)
 
 
-def _placed(mesh: Mesh, axis_name: AxisName, mean_axis_name: AxisName | None) -> Placement:
-    place = Placement(mesh, axis_name, wire.axes(mean_axis_name) if mean_axis_name else ())
-    if idle := set(mesh.axis_names) - set(place.axes):
+def _check_replicas(place: Placement, mean_axis_name: AxisName | None, gradients: str) -> None:
+    """Raises for options that a model which is split over the mesh's other axes has no use for."""
+    beside = f"`mesh` has axes {list(place.replica_axes)} beside `axis_name` {place.vote_axes!r}"
+    if mean_axis_name is not None:
         raise ValueError(
-            f"`mesh` has axes {sorted(idle)} beside `axis_name` {axis_name!r} and `mean_axis_name` "
-            f"{mean_axis_name!r}: the step would repeat the same work along them."
+            f"{beside} and `mean_axis_name` {mean_axis_name!r}. Where the compiler splits a worker "
+            "over devices it averages over their rows, too: leave mean_axis_name out, and place "
+            "the batch over all axes that share its rows."
         )
-    return place
+    if gradients == "mean":
+        raise ValueError(
+            f"{beside}, and gradients='mean' is for workers of one device: an ordinary optimizer "
+            "of a sharded model needs jax.jit alone."
+        )

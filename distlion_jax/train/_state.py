@@ -104,16 +104,26 @@ def stack(state: Any) -> Any:
     return _map_stacked(lambda x: x[None], state)
 
 
+def spread(state: Any, workers: int) -> Any:
+    """The state of one worker for all: with a leading axis, but for what is stored once."""
+
+    def one(node: Any) -> Any:
+        return node if is_once(node) else jnp.broadcast_to(node, (workers, *jnp.shape(node)))
+
+    return jax.tree.map(one, state, is_leaf=is_once)
+
+
 def init_state(
     tx: optax.GradientTransformation, params: Any, mesh: Mesh, axis_name: AxisName = "data"
 ) -> Any:
     """The transformation's initial state for every worker: leading axis n, sharded over the axis.
 
-    What is :func:`replicated` has no such axis, and lies whole on every device.
+    What is :func:`replicated` has no such axis. Where the mesh has other axes, over which the
+    parameters are split, momenta are split as they are; the rest lies whole on every device.
 
     Args:
       tx: the transformation.
-      params: parameters, without a worker axis.
+      params: parameters, without a worker axis, as they lie on the mesh.
       mesh: the mesh.
       axis_name: its axis, or axes, that the workers lie on.
 
@@ -125,11 +135,8 @@ def init_state(
     """
     place = Placement(mesh, axis_name)
 
-    def spread(node: Any) -> Any:
-        return node if is_once(node) else jnp.broadcast_to(node, (place.workers, *jnp.shape(node)))
-
     def make(params: Any) -> Any:
-        return jax.tree.map(spread, tx.init(params), is_leaf=is_once)
+        return spread(tx.init(params), place.workers)
 
-    specs = place.state(jax.eval_shape(make, params))
+    specs = place.state(jax.eval_shape(make, params), params)
     return jax.jit(make, out_shardings=place.shardings(specs))(params)

@@ -56,21 +56,54 @@ def worker_step(
       has_model_state: whether it takes and returns the model's state.
       microbatches: how many parts the batch is taken in.
     """
-    tx = keep_finite(with_extra_args(tx) if mean_axes == axes else adopt(tx))
     gradient = value_and_gradient(loss_fn, axes, has_aux, has_model_state, microbatches)
+    finish = worker_update(tx, axes, vote_axes, mean_axes)
+
+    def step(
+        params: Any, model_state: Any, state: Any, batch: Any, rng: Any, extra: dict[str, Any],
+        *, compare: bool = False,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        key = None if rng is None else jax.random.fold_in(rng, wire.worker(axes))
+        found = gradient(params, model_state, batch, key)
+        return finish(params, model_state, state, found, extra, compare=compare)
+
+    return step
+
+
+def worker_update(
+    tx: optax.GradientTransformation,
+    axes: tuple[str, ...],
+    vote_axes: tuple[str, ...],
+    mean_axes: tuple[str, ...] = (),
+    specs: Any = None,
+) -> Callable[..., tuple[Any, ...]]:
+    """``finish(params, model_state, state, found, extra)``: a worker's step after its gradient.
+
+    ``found`` is the loss, the model's new state, aux and the gradient. It returns as
+    :func:`worker_step` does, whose other arguments these are.
+
+    Args:
+      tx: the transformation.
+      axes: all axes that the batch is split over.
+      vote_axes: those of them that vote.
+      mean_axes: axes over which the step itself averages gradients, in full precision.
+      specs: how the leaves are split over a worker's own devices; None: it is one device.
+    """
+    tx = keep_finite(with_extra_args(tx) if mean_axes == axes else adopt(tx))
+    known = {} if specs is None else {"specs": specs}
 
     def update(grads: Any, state: Any, params: Any, extra: dict[str, Any]) -> tuple[Any, Any]:
         for name in set(extra) - set(KNOWN):
-            check_read(tx, name, grads, state, params, extra)
+            check_read(tx, name, grads, state, params, {**extra, **known})
         if set(extra) - {"value"}:
             check_decided_alike(state)
         if not mean_axes and stands_side_by_side(state):
             extra = {**extra, "healthy": Healthy(axes, all_finite(grads))}
         with listen() as heard:
-            out = tx.update(grads, own_keys(state, vote_axes), params, **extra)
+            out = tx.update(grads, own_keys(state, vote_axes), params, **extra, **known)
         check_heard(heard, extra)
         for name in set() if heard else set(extra) & set(VOTES_TAKE):
-            check_read(tx, name, grads, state, params, extra)
+            check_read(tx, name, grads, state, params, {**extra, **known})
         return out
 
     def update_with(value: Array, grads: Any, state: Any, params: Any, extra: Any) -> Any:
@@ -81,8 +114,8 @@ def worker_step(
                 raise
             return update(grads, state, params, extra)
 
-    def step(
-        params: Any, model_state: Any, state: Any, batch: Any, rng: Any, extra: dict[str, Any],
+    def finish(
+        params: Any, model_state: Any, state: Any, found: tuple[Any, ...], extra: dict[str, Any],
         *, compare: bool = False,
     ) -> tuple[Any, ...]:  # fmt: skip
         check_unconditional(state)
@@ -92,8 +125,7 @@ def worker_step(
                 "transformation: it is exchanged in every micro-step, and most of it thrown away. "
                 "Use distlion_jax.accumulate_gradients there, or microbatches=k in the step."
             )
-        key = None if rng is None else jax.random.fold_in(rng, wire.worker(axes))
-        loss, seen, aux, grads = gradient(params, model_state, batch, key)
+        loss, seen, aux, grads = found
         # Optimizers that look at the loss get the workers' mean; where none does, XLA drops it.
         told = jnp.where(extra.get("participating", True), 1, 0)
         value, _ = finite_mean(jnp.asarray(extra.get("value", loss), jnp.float32), axes, told)
@@ -118,7 +150,7 @@ def worker_step(
             figures,
         )
 
-    return step
+    return finish
 
 
 def unmoved(old: Any, updates: Any, new: Any) -> Any:
