@@ -47,12 +47,13 @@ Bytes and seconds:
     wire_cost_by_label          the same of distributed_lion_by_label
     full_precision_cost         the all-reduce that the vote replaces
     compiled_collectives        the collectives in a compiled program
+    crossings                   those along the axis that votes, of a sharded model
     newton_schulz_flops         arithmetic that distributed_muon adds to a worker's step
     forecast_vote               seconds of a step on a given network
     forecast_all_reduce         seconds of the step it replaces
     break_even                  the bandwidth up to which the vote is quicker
 
-States and records: ``AverageGradientsState``, ``Collective``, ``Forecast``, ``Link``,
+States and records: ``AverageGradientsState``, ``Collective``, ``Crossing``, ``Forecast``, ``Link``,
 ``MeanHealth``, ``Metrics``, ``ReplicatedState``, ``Roles``, ``ScaleByAveragedLionState``,
 ``ScaleByDistributedLionState``, ``SynchronizeMomentumState``, ``VoteHealth``, ``WireCost``;
 ``TRANSPORTS`` names the transports.
@@ -81,7 +82,7 @@ from distlion_jax.cluster import join
 from distlion_jax.exchanges import ReplicatedState, Roles, exchange, replicated
 from distlion_jax.finite import keep_finite
 from distlion_jax.forecast import Forecast, Link, break_even, forecast_all_reduce, forecast_vote
-from distlion_jax.hlo import compiled_collectives
+from distlion_jax.hlo import Crossing, compiled_collectives, crossings
 from distlion_jax.ledger import Collective, WireCost, full_precision_cost, wire_cost
 from distlion_jax.lion import (
     ScaleByDistributedLionState,
@@ -125,6 +126,7 @@ __all__ = [
     "TRANSPORTS",
     "AverageGradientsState",
     "Collective",
+    "Crossing",
     "Forecast",
     "Link",
     "MeanHealth",
@@ -141,6 +143,7 @@ __all__ = [
     "average_gradients",
     "break_even",
     "compiled_collectives",
+    "crossings",
     "distributed_lion",
     "distributed_lion_by_label",
     "distributed_muon",

@@ -86,6 +86,14 @@ def _axes(axes: Any, rank: int) -> tuple[int, ...]:
     return tuple(range(rank)[axis] for axis in (axes if isinstance(axes, tuple | list) else [axes]))
 
 
+def axes_of(numbers: MuonDimensionNumbers) -> tuple[int, ...]:
+    """The axes of a matrix, of numbers that were checked."""
+    rows, columns = numbers
+    assert isinstance(rows, tuple)
+    assert isinstance(columns, tuple)
+    return rows + columns
+
+
 class Batch(NamedTuple):
     """A leaf as matrices ``[batch, rows, columns]``: the axes in that order, and their sizes."""
 

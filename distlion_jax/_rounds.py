@@ -147,7 +147,7 @@ def on_shards(hold: Hold, context: Round, updates: Any, mu: Any) -> tuple[Any, A
     def on_device(g: Any, m: Any, index: Any, numbers: Any) -> tuple[Any, Any, Any]:
         # Not lax.axis_index: in a nested region it does not lower before jax 0.10.
         own = dataclasses.replace(split, index={name: i[0] for name, i in index.items()})
-        layout = Layout([x.shape for x in jax.tree.leaves(g)])
+        layout = Layout([x.shape for x in jax.eval_shape(own.ballots, jax.tree.leaves(g))])
         return hold(dataclasses.replace(context, **numbers, layout=layout, shards=own), g, m)
 
     treedef = jax.tree.structure(updates)

@@ -3,11 +3,17 @@
 
 import math
 import re
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
+import numpy as np
+from jax.sharding import Mesh
+
+from distlion_jax._rules import AxisName
+from distlion_jax._vote import wire
 from distlion_jax._vote.costs import Collective
 
-__all__ = ["compiled_collectives"]
+__all__ = ["Crossing", "compiled_collectives", "crossings"]
 
 _OPS = (
     "all-gather",
@@ -19,6 +25,7 @@ _OPS = (
     "ragged-all-to-all",
 )
 _INSTRUCTION = re.compile(r"%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)")  # name, result, op, rest
+_DCN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 
 
@@ -36,10 +43,70 @@ def _group_size(attributes: str, fallback: int) -> int:
         return match[1].count(",") + 1
     if match := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):  # [groups,size]<=[devices]
         return int(match[1])
-    if match := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", attributes):  # jax >= 0.12
+    if match := _MESH.search(attributes):  # jax >= 0.12
         sizes = dict(re.findall(r"('\w+')=(\d+)", match[1]))
         return math.prod(int(sizes[name]) for name in match[2].split(","))
+    if match := re.search(r"megascale_target=(?:\{|\"|)\{([\d,]+)\}", attributes):  # of slices
+        return match[1].count(",") + 1
     return fallback
+
+
+_MESH = re.compile(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}")
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}")
+
+
+def _ints(text: str) -> list[int]:
+    return [int(x) for x in text.split(",") if x]
+
+
+def _groups(attributes: str, devices: int) -> list[list[int]]:
+    """Devices that send to one another, as their places in the program's list of devices."""
+    if match := _LISTED.search(attributes):
+        return [_ints(group) for group in re.findall(r"\{([\d,]+)\}", match[1])]
+    if match := _IOTA.search(attributes):
+        sizes, order = _ints(match[2]), match[3]
+        ids = np.arange(math.prod(sizes)).reshape(sizes)
+        ids = ids.transpose(_ints(order)) if order else ids
+        return ids.reshape(_ints(match[1])).tolist()
+    if match := _MESH.search(attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"('\w+')=(\d+)", match[1])}
+        ids, together = np.arange(math.prod(sizes.values())), match[2].split(",")
+        names = [*(name for name in sizes if name not in together), *together]
+        ids = ids.reshape(list(sizes.values())).transpose([list(sizes).index(x) for x in names])
+        return ids.reshape(-1, math.prod(sizes[name] for name in together)).tolist()
+    return [list(range(devices))]
+
+
+class _Move(NamedTuple):
+    """An instruction that moves arrays between devices."""
+
+    op: str
+    arrays: list[tuple[str, int]]  # dtypes and elements, of one device
+    attributes: str
+    between_slices: bool  # of TPUs: by the data centre's network
+
+
+def _moves(text: str) -> Iterator[_Move]:
+    """The instructions of a program that move arrays, in its order."""
+    results: dict[str, list[tuple[str, int]]] = {}  # of the instructions so far, by name
+    if not _INSTRUCTION.search(text):
+        raise ValueError(
+            f"`compiled` holds no HLO instruction (%name = type op(...)); it begins {text[:40]!r}. "
+            "Pass jax.jit(f).lower(...).compile(), or its as_text()."
+        )
+    for name, result, op, rest in _INSTRUCTION.findall(text):
+        results[name] = _arrays(result)
+        op = op.removesuffix("-start")
+        operands, _, attributes = rest.partition("), ")
+        arrays = [a for x in re.findall(r"%([\w.\-]+)", operands) for a in results.get(x, [])]
+        if op == "send" and (match := _DCN.search(attributes)):
+            # Its result holds what is sent, and a token.
+            yield _Move(match[1].lower().replace("_", "-"), results[name][:1], attributes, True)
+        elif op in _OPS:
+            if op == "all-to-all":
+                arrays = [(arrays[0][0], sum(elements for _, elements in arrays))]
+            yield _Move(op, arrays, attributes, False)
 
 
 def compiled_collectives(compiled: Any, workers: int) -> list[Collective]:
@@ -49,7 +116,8 @@ def compiled_collectives(compiled: Any, workers: int) -> list[Collective]:
     only splits it by peer (an all-to-all on CPU, which has an operand for each worker); where XLA's
     combiner merged several arrays into one instruction (an all-reduce of a tuple) each is listed.
     Of an asynchronous pair the ``-start`` is read, its ``-done`` moves nothing. Branches of a
-    conditional count as if taken, and the body of a loop once.
+    conditional count as if taken, and the body of a loop once. What TPUs send to other slices over
+    the data centre's network is listed by what it does there, as an all-gather.
 
     Args:
       compiled: ``jax.jit(f).lower(...).compile()``, or the HLO text of one (CPU, GPU or TPU).
@@ -63,22 +131,56 @@ def compiled_collectives(compiled: Any, workers: int) -> list[Collective]:
       ['all-reduce']
     """
     text = compiled if isinstance(compiled, str) else compiled.as_text()
-    results: dict[str, list[tuple[str, int]]] = {}  # of the instructions so far, by name
+    return [
+        Collective(move.op, dtype, elements, _group_size(move.attributes, workers))
+        for move in _moves(text)
+        for dtype, elements in move.arrays
+    ]
+
+
+class Crossing(NamedTuple):
+    """An array that a compiled program moves between workers."""
+
+    collective: Collective
+    operation: str  # the JAX operation that it came from, as XLA names it
+
+
+def crossings(compiled: Any, mesh: Mesh, axis_name: AxisName = "replica") -> list[Crossing]:
+    """What a compiled program moves along the axis that votes.
+
+    With a model that is split over the mesh's other axes, the vote's words and a few scalars should
+    be all. Anything else is moved by the compiler, where it cannot split an operation inside a
+    replica: activations, over the slow links. Look for large ones, and mend the operation that is
+    named: constrain the operand that it gathers from, for example the table of an embedding
+    (``jax.lax.with_sharding_constraint(table, P("tensor", None))``), or look up by a one-hot
+    product. :func:`distlion_jax.make_train_step` looks by itself, and warns.
+
+    Args:
+      compiled: ``jax.jit(f).lower(...).compile()``, or the HLO text of one, of a program that runs
+        on the mesh.
+      mesh: the mesh.
+      axis_name: the vote's axis, or axes.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+      >>> mesh = jax.make_mesh((2, 4), ("replica", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+      >>> x = jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, P("replica", "fsdp")))
+      >>> for what in (lambda x: x.sum(0), lambda x: x.sum(1)):
+      ...     compiled = jax.jit(what).lower(x).compile()
+      ...     print([one.collective.op for one in crossings(compiled, mesh)])
+      ['all-reduce']
+      []
+    """
+    text = compiled if isinstance(compiled, str) else compiled.as_text()
+    places = [mesh.axis_names.index(name) for name in wire.axes(axis_name)]
+    at = np.stack(np.unravel_index(np.arange(mesh.size), mesh.devices.shape), axis=1)[:, places]
     found = []
-    if not _INSTRUCTION.search(text):
-        raise ValueError(
-            f"`compiled` holds no HLO instruction (%name = type op(...)); it begins {text[:40]!r}. "
-            "Pass jax.jit(f).lower(...).compile(), or its as_text()."
-        )
-    for name, result, op, rest in _INSTRUCTION.findall(text):
-        results[name] = _arrays(result)
-        op = op.removesuffix("-start")
-        if op not in _OPS:
-            continue
-        operands, _, attributes = rest.partition("), ")
-        arrays = [a for x in re.findall(r"%([\w.\-]+)", operands) for a in results[x]]
-        if op == "all-to-all":
-            arrays = [(arrays[0][0], sum(elements for _, elements in arrays))]
-        n = _group_size(attributes, workers)
-        found += [Collective(op, dtype, elements, n) for dtype, elements in arrays]
+    for move in _moves(text):
+        groups = _groups(move.attributes, mesh.size)  # all devices, if it lies between slices
+        if any((at[group] != at[group[0]]).any() for group in groups if group):
+            name = re.search(r'op_name="([^"]*)"', move.attributes)
+            n = _group_size(move.attributes, mesh.size)
+            found += [Crossing(Collective(move.op, dtype, size, n), name[1] if name else "")
+                      for dtype, size in move.arrays]  # fmt: skip
     return found

@@ -11,9 +11,11 @@ from typing import Any, Unpack
 
 import jax
 import numpy as np
+from jax.core import Tracer
+from jax.sharding import NamedSharding
 
-from distlion_jax._rules import Aggregation, Rules, VoteOptions, takes_vote_options
-from distlion_jax._vote import transports
+from distlion_jax._rules import Aggregation, AxisName, Rules, VoteOptions, takes_vote_options
+from distlion_jax._vote import shards, transports, wire
 from distlion_jax._vote.costs import Collective, WireCost
 from distlion_jax._vote.words import Layout
 from distlion_jax.hlo import compiled_collectives  # its old home
@@ -33,15 +35,48 @@ def layout_of(params: Any) -> Layout:
     return Layout([np.shape(x) for x in jax.tree.leaves(params)])
 
 
+def _voted_layout(params: Any, axis_name: AxisName | None) -> Layout:
+    """The layout of what one device votes on, of arrays that lie on a mesh."""
+    if axis_name is None:
+        for path, x in jax.tree_util.tree_leaves_with_path(params):
+            sharding = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
+            if sharding is not None and sharding.shard_shape(np.shape(x)) != np.shape(x):
+                raise ValueError(
+                    f"`params{jax.tree_util.keystr(path)}` is split over devices: name the mesh's "
+                    'axis that votes, as wire_cost(..., axis_name="replica").'
+                )
+        return layout_of(params)
+    shapes = []
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        sharding = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
+        if not isinstance(sharding, NamedSharding):
+            raise ValueError(
+                f"`params{jax.tree_util.keystr(path)}` lies on no mesh (its sharding is "
+                f"{sharding}): with `axis_name` {axis_name!r} pass placed arrays, or "
+                "jax.ShapeDtypeStruct(..., sharding=NamedSharding(mesh, spec))."
+            )
+        sizes = {k: v for k, v in sharding.mesh.shape.items() if k not in wire.axes(axis_name)}
+        shapes.append(shards.voted_shape(np.shape(x), sharding.spec, sizes))
+    return Layout(shapes)
+
+
 @takes_vote_options
 def wire_cost(
-    params: Any, n: int, *, aggregation: Aggregation = "majority", **options: Unpack[VoteOptions]
+    params: Any,
+    n: int,
+    *,
+    axis_name: AxisName | None = None,
+    aggregation: Aggregation = "majority",
+    **options: Unpack[VoteOptions],
 ) -> WireCost:
     """Exact wire cost of one :func:`distlion_jax.distributed_lion` step.
 
     Args:
       params: tree of arrays or ``jax.ShapeDtypeStruct``; only shapes matter.
       n: number of workers.
+      axis_name: of a model that is split over devices inside a worker: the axis, or axes, of its
+        mesh that vote. The cost is then that of each device, with its peers of the other workers.
+        None: a worker is one device.
       aggregation: as in ``distributed_lion``.
       **options: as listed below.
 
@@ -59,7 +94,7 @@ def wire_cost(
     """
     if n < 1:
         raise ValueError(f"`n` (workers) must be at least 1; got {n}.")
-    return transports.cost(layout_of(params), n, Rules(aggregation, **options))
+    return transports.cost(_voted_layout(params, axis_name), n, Rules(aggregation, **options))
 
 
 def full_precision_cost(params: Any, n: int, dtype: str = "f32") -> WireCost:

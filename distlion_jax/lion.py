@@ -97,7 +97,10 @@ def cast(
     old = treedef.flatten_up_to(mu)
     shaped = [m.reshape(g.shape) for g, m in zip(gradients, old, strict=True)]
     g, m = prepare(context.count, context.shards, updates, treedef.unflatten(shaped))
-    mine = ballot.cast(context, treedef.flatten_up_to(g), treedef.flatten_up_to(m), b1)
+    signed, with_them = treedef.flatten_up_to(g), treedef.flatten_up_to(m)
+    if context.shards is not None:
+        signed, with_them = context.shards.ballots(signed), context.shards.ballots(with_them)
+    mine = ballot.cast(context, signed, with_them, b1)
     voted = mine.weight > 0
 
     def remember(g: Array, m: Array) -> Array:
@@ -111,7 +114,10 @@ def cast(
 def apply(context: Round, decided: Verdict, updates: optax.Updates) -> optax.Updates:
     """Verdict -> direction, in the structure and dtypes of the gradients."""
     gradients, treedef = jax.tree.flatten(updates)
-    return treedef.unflatten(verdict.decode(decided, context, [g.dtype for g in gradients]))
+    directions = verdict.decode(decided, context, [g.dtype for g in gradients])
+    if context.shards is not None:
+        directions = context.shards.verdicts(directions, context.rules.aggregation)
+    return treedef.unflatten(directions)
 
 
 @takes_vote_options

@@ -14,9 +14,16 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
+from optax.contrib import MuonDimensionNumbers
 
 from distlion_jax import _checks as checks
-from distlion_jax._batches import Choice, numbers_of, orthogonalised, steps_and_period
+from distlion_jax._batches import (
+    Choice,
+    axes_of,
+    numbers_of,
+    orthogonalised,
+    steps_and_period,
+)
 from distlion_jax._promotion import default_promotion
 from distlion_jax._rules import (
     Aggregation,
@@ -46,13 +53,19 @@ def _orthogonalised(
     def prepare(count: Array, shards: Shards | None, updates: Any, mu: Any) -> tuple[Any, Any]:
         gradients, treedef = jax.tree.flatten(updates)
         momenta = treedef.flatten_up_to(mu)
-        numbers = numbers_of(chosen, updates)
+        numbers = numbers_of(chosen, _whole(shards, updates))
         hidden = {i: n for i, n in enumerate(numbers) if n is not None and gradients[i].size}
         blends = [blend(gradients[i], momenta[i], b1) for i in hidden]
 
         def orthogonalise() -> list[Array]:
-            pairs = zip(blends, hidden.values(), strict=True)
-            return [orthogonalised(c, one, steps, dtype) for c, one in pairs]
+            return [one_leaf(c, i, hidden[i]) for c, i in zip(blends, hidden, strict=True)]
+
+        def one_leaf(c: Array, i: int, numbers: MuonDimensionNumbers) -> Array:
+            if shards is None:
+                return orthogonalised(c, numbers, steps, dtype)
+            axes = axes_of(numbers)  # stacks stay split: each device has its own layers
+            whole = orthogonalised(shards.joined(c, i, axes), numbers, steps, dtype)
+            return shards.part(whole, i, axes)
 
         if period == 1 or not hidden:
             signed = orthogonalise()
@@ -63,6 +76,15 @@ def _orthogonalised(
         return treedef.unflatten(gradients), treedef.unflatten(momenta)
 
     return prepare
+
+
+def _whole(shards: Shards | None, updates: Any) -> Any:
+    """The updates, or the shapes of the whole leaves of which they are shards."""
+    if shards is None:
+        return updates
+    leaves, treedef = jax.tree.flatten(updates)
+    pairs = zip(shards.whole.leaves, leaves, strict=True)
+    return treedef.unflatten([jax.ShapeDtypeStruct(leaf.shape, x.dtype) for leaf, x in pairs])
 
 
 def _alone(

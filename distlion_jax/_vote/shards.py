@@ -18,18 +18,28 @@ shards, with its peers of the other replicas, and four things are agreed on insi
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
+from jax import Array, lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from distlion_jax._rules import AxisName
 from distlion_jax._vote import wire
-from distlion_jax._vote.words import Layout
+from distlion_jax._vote.words import GROUP, Layout
+
+LARGE = 4 * GROUP  # coordinates of a shard from which on its copies share the vote
+
+
+class Shared(NamedTuple):
+    """How the devices that hold the same shard of a leaf share the vote on it."""
+
+    along: int  # the axis of the leaf
+    over: tuple[str, ...]  # axes of the mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +49,7 @@ class Shards:
     sizes: dict[str, int]  # of the axes that a worker's own devices lie on
     specs: tuple[P, ...]  # of the leaves
     whole: Layout  # of the leaves before they were split
+    shared: tuple["Shared | None", ...]  # of the leaves that several devices hold alike
     index: dict[str, Array] | None = None  # int32[]: where this device lies; set in the region
 
     @property
@@ -61,16 +72,62 @@ class Shards:
 
     def total_of_leaves(self, x: Array) -> Array:
         """Sum over the devices of ``x[leaves]``, each leaf's shards counted once."""
-        firsts = [self.is_first(frozenset(names(spec))) for spec in self.specs]
-        return self.total(jnp.where(jnp.stack(firsts), x, 0))
+        return self.total(jnp.where(jnp.stack([self.is_first(k) for k in self.used()]), x, 0))
 
     def salts(self) -> list[Array]:
         """:meth:`salt` of each leaf."""
-        return [self.salt(frozenset(names(spec))) for spec in self.specs]
+        return [self.salt(kind) for kind in self.used()]
+
+    def used(self) -> list[frozenset[str]]:
+        """The axes that the vote on each leaf is split over."""
+        pairs = zip(self.specs, self.shared, strict=True)
+        return [frozenset((*names(spec), *(one.over if one else ()))) for spec, one in pairs]
+
+    def ballots(self, leaves: Sequence[Array]) -> list[Array]:
+        """Of this device's shards what it votes on: of large ones that others hold too, a part."""
+        pairs = zip(leaves, self.shared, strict=True)
+        return [x if one is None else self._part(x, one.along, one.over) for x, one in pairs]
+
+    def verdicts(self, leaves: Sequence[Array], aggregation: str) -> list[Array]:
+        """Whole shards of the parts that were voted on; a majority's travel in a byte each."""
+
+        def join(x: Array, one: Shared | None) -> Array:
+            if one is None:
+                return x
+            narrow = x.astype(jnp.int8) if aggregation == "majority" else x
+            return wire.joined(narrow, one.over, one.along).astype(x.dtype)
+
+        return [join(x, one) for x, one in zip(leaves, self.shared, strict=True)]
+
+    def joined(self, x: Array, leaf: int, axes: Collection[int]) -> Array:
+        """This device's shard of a leaf, joined with the others' along these axes of the leaf."""
+        for axis, over in self._split(leaf, axes):
+            x = wire.joined(x, over, axis)
+        return x
+
+    def part(self, x: Array, leaf: int, axes: Collection[int]) -> Array:
+        """The inverse of :meth:`joined`: this device's part."""
+        for axis, over in self._split(leaf, axes):
+            x = self._part(x, axis, over)
+        return x
+
+    def _part(self, x: Array, axis: int, over: tuple[str, ...]) -> Array:
+        """This device's part of an array, along an axis of it that is split over some axes."""
+        assert self.index is not None
+        place, parts = jnp.int32(0), 1
+        for name in over:
+            place, parts = place * self.sizes[name] + self.index[name], parts * self.sizes[name]
+        size = x.shape[axis] // parts
+        return lax.dynamic_slice_in_dim(x, place * size, size, axis)
+
+    def _split(self, leaf: int, axes: Collection[int]) -> list[tuple[int, tuple[str, ...]]]:
+        """Of these axes of a leaf, those that are split, and over which of the mesh's."""
+        each = enumerate(names(P(part)) for part in self.specs[leaf])
+        return [(axis, over) for axis, over in each if over and axis in axes]
 
     def kinds(self) -> list[tuple[frozenset[str], list[bool]]]:
         """Sets of axes that some leaf is split over; for each, which leaves are split over them."""
-        used = [frozenset(names(spec)) for spec in self.specs]
+        used = self.used()
         return [(kind, [one == kind for one in used]) for kind in dict.fromkeys(used)]
 
     def salt(self, kind: frozenset[str]) -> Array:
@@ -93,6 +150,36 @@ def names(spec: P) -> tuple[str, ...]:
     """The axes that a spec names."""
     parts = (part if isinstance(part, tuple) else (part,) for part in spec)
     return tuple(name for part in parts for name in part if name is not None)
+
+
+def shard_shape(shape: tuple[int, ...], spec: P, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """What one device holds of a leaf."""
+    parts = [math.prod(sizes[name] for name in names(P(part))) for part in spec]
+    parts += [1] * (len(shape) - len(parts))
+    return tuple(size // k for size, k in zip(shape, parts, strict=True))
+
+
+def shared_vote(shape: tuple[int, ...], spec: P, sizes: Mapping[str, int]) -> Shared | None:
+    """How the copies of a large shard share its vote; None: each votes on all of it.
+
+    Copies that all vote would send the same bits once for each, over the same slow link. Small ones
+    do: they are not worth a message inside the worker.
+    """
+    over = tuple(name for name, size in sizes.items() if name not in names(spec) and size > 1)
+    mine, copies = shard_shape(shape, spec, sizes), math.prod(sizes[name] for name in over)
+    if copies == 1 or math.prod(mine) < LARGE:
+        return None
+    axes = [axis for axis, size in enumerate(mine) if size % copies == 0]
+    return Shared(axes[0], over) if axes else None
+
+
+def voted_shape(shape: tuple[int, ...], spec: P, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """What one device votes on, of a leaf."""
+    mine, one = shard_shape(shape, spec, sizes), shared_vote(shape, spec, sizes)
+    if one is None:
+        return mine
+    parts = math.prod(sizes[name] for name in one.over)
+    return tuple(size // parts if axis == one.along else size for axis, size in enumerate(mine))
 
 
 def inner_sizes(axis_name: AxisName) -> dict[str, int]:
@@ -146,4 +233,8 @@ def find(updates: Any, specs: Any, axis_name: AxisName, layout: Layout) -> Shard
             f"those that are not split; got {len(given)} leaves."
         )
     present = [spec for spec, x in zip(given, every, strict=True) if not is_masked(x)]
-    return Shards(sizes, tuple(P(*spec) for spec in present), layout)
+    shared = tuple(
+        shared_vote(leaf.shape, spec, sizes)
+        for leaf, spec in zip(layout.leaves, present, strict=True)
+    )
+    return Shards(sizes, tuple(P(*spec) for spec in present), layout, shared)

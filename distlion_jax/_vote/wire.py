@@ -113,6 +113,11 @@ def gather(x: Array, axis_name: AxisName, pieces: Sequence[int]) -> Array:
     return jnp.concatenate(parts, axis=1)
 
 
+def joined(x: Array, axis_name: AxisName, along: int) -> Array:
+    """The parts that devices hold of an array, joined along an axis of it: an all-gather."""
+    return lax.all_gather(x, axis_name, axis=along, tiled=True)
+
+
 @contextlib.contextmanager
 def _one_kind(axis_name: AxisName) -> Iterator[None]:
     """A clear error where workers lie on a mesh axis and a vmapped one: no words move there."""

@@ -17,6 +17,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from distlion_jax._vote import wire
+from distlion_jax._vote.shards import names
+from distlion_jax.hlo import crossings
 from distlion_jax.train import _audit as audit
 from distlion_jax.train._checks import check_declared, check_differ
 from distlion_jax.train._drive import Driver, Place, Step, given
@@ -29,6 +31,7 @@ from distlion_jax.train._state import stack, unstack
 from distlion_jax.train._worker import worker_update
 
 UPDATE = "update_of_replicas"  # the scope that names what the update sends, in compiled programs
+SMALL = 256  # bytes: scalars, keys
 
 
 def replica_step(
@@ -87,13 +90,18 @@ def replica_step(
         microbatches=microbatches,
         donate=donate,
     )
-    placed = _Once(place)
+    looked: set[Any] = set()  # programs whose crossings were looked at
+
+    def program(unseen: bool, args: Any, rng: Any, extra: Any) -> tuple[Any, ...]:
+        mine, more = specs(args[0]), given(rng, extra)
+        key = mine, jax.tree.structure((args, more)), tuple(map(np.shape, jax.tree.leaves(args)))
+        if not unseen and key not in looked:
+            looked.add(key)
+            _warn_of_idle(place, args[0], args[-1])
+            _warn_of_leaks(jitted.lower(False, mine, *args, **more).compile(), place)
+        return jitted(unseen, mine, *args, **more)
 
     def step(*args: Any, rng: Any = None, **extra: Any) -> tuple[Any, ...]:
-        def program(unseen: bool, args: Any, rng: Any, extra: Any) -> tuple[Any, ...]:
-            placed.look(args[0], args[-1])
-            return jitted(unseen, specs(args[0]), *args, **given(rng, extra))
-
         return driver.run(program, args, rng, extra)
 
     def lower(*args: Any, rng: Any = None, **extra: Any) -> jax.stages.Lowered:
@@ -153,26 +161,34 @@ def _update(
     return update
 
 
-class _Once:
-    """A word, once, where devices of a replica repeat one another's work."""
+def _warn_of_idle(place: Placement, params: Any, batch: Any) -> None:
+    """A word where neither rows nor parameters are split over an axis inside a replica."""
+    found = [getattr(x, "sharding", None) for x in jax.tree.leaves((params, batch))]
+    specs = [x.spec for x in found if isinstance(x, NamedSharding)]
+    used = {name for spec in specs for name in names(spec)}
+    if idle := [name for name in place.replica_axes if name not in used]:
+        rows = (*wire.axes(place.vote_axes), idle[0])
+        warn(
+            f"neither parameters nor batch are split over {idle} of the mesh: its devices repeat "
+            "one another's work. Place the batch over the axes that share its rows, as "
+            f"jax.device_put(batch, NamedSharding(mesh, P({rows})))."
+        )
 
-    def __init__(self, place: Placement) -> None:
-        self.place, self.said = place, False
 
-    def look(self, params: Any, batch: Any) -> None:
-        """Warns where neither rows nor parameters are split over an axis inside a replica."""
-        if self.said:
-            return
-        self.said = True
-        used: set[str] = set()
-        for x in jax.tree.leaves((params, batch)):
-            sharding = getattr(x, "sharding", None)
-            if isinstance(sharding, NamedSharding):
-                used.update(np.ravel([list(part) if isinstance(part, tuple) else [part]
-                                      for part in sharding.spec if part]).tolist())  # fmt: skip
-        if idle := [name for name in self.place.replica_axes if name not in used]:
-            warn(
-                f"neither parameters nor batch are split over {idle} of the mesh: its devices "
-                "repeat one another's work. Place the batch over the axes that share its rows, as "
-                f"NamedSharding(mesh, P({(*wire.axes(self.place.vote_axes), idle[0])}))."
-            )
+def _warn_of_leaks(compiled: jax.stages.Compiled, place: Placement) -> None:
+    """A word where the compiler moves activations between replicas."""
+    found = crossings(compiled, place.mesh, place.vote_axes)
+    leaks = [one for one in found
+             if UPDATE not in one.operation and one.collective.operand_bytes > SMALL]  # fmt: skip
+    if not leaks:
+        return
+    worst = max(leaks, key=lambda one: one.collective.bytes_received)
+    total = sum(one.collective.bytes_received for one in leaks)
+    warn(
+        f"the compiler moves {total:,} bytes a step and device between replicas, over "
+        f"{place.vote_axes!r}, beside the vote: it cannot split some operation inside a replica. "
+        f"The largest is {worst.collective.op} of {worst.collective.dtype}"
+        f"[{worst.collective.elements}], of {worst.operation or 'no named operation'}. Constrain "
+        "what it reads, such as the table of an embedding: jax.lax.with_sharding_constraint(table, "
+        'P("tensor", None)). distlion_jax.crossings lists all.'
+    )
