@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.core import Tracer
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
@@ -127,11 +128,13 @@ def in_rounds(
     return optax.GradientTransformationExtraArgs(init, update_fn)
 
 
-Hold = Callable[[Round, optax.Updates, optax.Updates], tuple[Any, Any, Any]]
+Hold = Callable[[Round, optax.Updates, optax.Updates, Any], tuple[Any, Any, Any]]
 
 
-def on_shards(hold: Hold, context: Round, updates: Any, mu: Any) -> tuple[Any, Any, Any]:
-    """``hold(context, updates, mu)`` by every device of a worker, each on its own shards.
+def on_shards(
+    hold: Hold, context: Round, updates: Any, mu: Any, betas: tuple[ArrayLike, ArrayLike]
+) -> tuple[Any, Any, Any]:
+    """``hold(context, updates, mu, betas)`` by every device of a worker, each on its own shards.
 
     Args:
       hold: what a round does: to new updates, new momenta, and figures that are the same on all
@@ -139,16 +142,31 @@ def on_shards(hold: Hold, context: Round, updates: Any, mu: Any) -> tuple[Any, A
       context: the round.
       updates: the worker's own, of whole shapes.
       mu: likewise, or with a leading axis of size 1.
+      betas: numbers, traced ones too.
     """
     split = context.shards
     if split is None:
-        return hold(context, updates, mu)
+        return hold(context, updates, mu, betas)
+    rules = context.rules
+    hyper = {"betas": betas, "threshold": rules.threshold, "noise": rules.noise}
+    flat, form = jax.tree.flatten(hyper)
+    # Traced numbers are of the outer region, and are handed in. Python's own stay as they are: as
+    # arrays they would be rounded, and 1 - b2 another number.
+    traced = {i: x for i, x in enumerate(flat) if isinstance(x, Tracer)}
 
-    def on_device(g: Any, m: Any, index: Any, numbers: Any) -> tuple[Any, Any, Any]:
+    def on_device(g: Any, m: Any, index: Any, numbers: Any, given: Any) -> tuple[Any, Any, Any]:
         # Not lax.axis_index: in a nested region it does not lower before jax 0.10.
         own = dataclasses.replace(split, index={name: i[0] for name, i in index.items()})
         layout = Layout([x.shape for x in jax.eval_shape(own.ballots, jax.tree.leaves(g))])
-        return hold(dataclasses.replace(context, **numbers, layout=layout, shards=own), g, m)
+        now = form.unflatten([given.get(i, x) for i, x in enumerate(flat)])
+        here = dataclasses.replace(
+            context,
+            **numbers,
+            layout=layout,
+            shards=own,
+            rules=dataclasses.replace(rules, threshold=now["threshold"], noise=now["noise"]),
+        )
+        return hold(here, g, m, now["betas"])
 
     treedef = jax.tree.structure(updates)
     specs = treedef.unflatten(split.specs)
@@ -159,10 +177,10 @@ def on_shards(hold: Hold, context: Round, updates: Any, mu: Any) -> tuple[Any, A
     numbers = {name: getattr(context, name) for name in ("count", "number", "worker", "weight")}
     mapped = jax.shard_map(
         on_device,
-        in_specs=(specs, by_leaf, {name: P(name) for name in split.axes}, P()),
+        in_specs=(specs, by_leaf, {name: P(name) for name in split.axes}, P(), P()),
         out_specs=(specs, by_leaf, P()),
         axis_names=set(split.axes),
         check_vma=False,
     )
     index = {name: jnp.arange(size, dtype=jnp.int32) for name, size in split.sizes.items()}
-    return mapped(updates, mu, index, numbers)
+    return mapped(updates, mu, index, numbers, traced)

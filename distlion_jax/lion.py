@@ -65,18 +65,19 @@ class ScaleByDistributedLionState(NamedTuple):
         return cls(jnp.asarray(count), mu, health, stamp.blank())
 
 
-# Makes of a round's number, gradients and momenta (trees alike) the two trees that a ballot blends.
-# Where they are shards, it is told how they were split.
+# Makes of gradients and momenta (trees alike) the two trees that a ballot blends. It is told b1,
+# the round's number, and of shards how leaves were split.
 Prepare = Callable[
-    [Array, Shards | None, optax.Updates, optax.Updates], tuple[optax.Updates, optax.Updates]
+    [optax.Updates, optax.Updates, ArrayLike, Array, Shards | None],
+    tuple[optax.Updates, optax.Updates],
 ]
 
 
 def as_they_are(
-    count: Array, shards: Shards | None, updates: optax.Updates, mu: optax.Updates
+    updates: optax.Updates, mu: optax.Updates, b1: ArrayLike, count: Array, shards: Shards | None
 ) -> Any:
     """Lion's ballot: the sign of the blend itself."""
-    del count, shards
+    del b1, count, shards
     return updates, mu
 
 
@@ -96,7 +97,7 @@ def cast(
     gradients, treedef = jax.tree.flatten(updates)
     old = treedef.flatten_up_to(mu)
     shaped = [m.reshape(g.shape) for g, m in zip(gradients, old, strict=True)]
-    g, m = prepare(context.count, context.shards, updates, treedef.unflatten(shaped))
+    g, m = prepare(updates, treedef.unflatten(shaped), b1, context.count, context.shards)
     signed, with_them = treedef.flatten_up_to(g), treedef.flatten_up_to(m)
     if context.shards is not None:
         signed, with_them = context.shards.ballots(signed), context.shards.ballots(with_them)
@@ -191,12 +192,14 @@ def scale_by_vote(
             return turnout.nothing(updates), state
         noise = 0.0 if rules.noise is None else rules.noise
         context = context.only_if(turnout.sane(b1, b2, state.mu, rules.dead_zone, noise))
-        direction, mu, health = on_shards(hold, context, updates, state.mu)
+        direction, mu, health = on_shards(hold, context, updates, state.mu, (b1, b2))
         mu, health = wire.vary_tree((mu, health), axis_name)  # as the state is stacked
         return direction, state._replace(mu=mu, health=health)
 
-    def hold(context: Round, updates: optax.Updates, mu: optax.Updates) -> tuple[Any, ...]:
-        mine, mu = cast(context, updates, mu, b1, b2, prepare)
+    def hold(
+        context: Round, updates: optax.Updates, mu: optax.Updates, betas: tuple[Any, Any]
+    ) -> tuple[Any, ...]:
+        mine, mu = cast(context, updates, mu, *betas, prepare)
         decided = transports.run_round(mine, context)
         health = verdict.health_of(decided, context, mine.weight > 0)
         return apply(context, decided, updates), mu, health

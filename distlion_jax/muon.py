@@ -41,16 +41,16 @@ from distlion_jax.lion import Prepare, check_momenta, scale_by_vote
 __all__ = ["distributed_muon", "scale_by_distributed_muon"]
 
 
-def _orthogonalised(
-    b1: ArrayLike, chosen: Choice, steps: int, dtype: DTypeLike, period: int
-) -> Prepare:
+def _orthogonalised(chosen: Choice, steps: int, dtype: DTypeLike, period: int) -> Prepare:
     """Gradient and momentum of a hidden matrix are both replaced by its orthogonalised blend.
 
     The ballot blends them again. A blend of two equal numbers has their sign, and is not finite
     where they are not.
     """
 
-    def prepare(count: Array, shards: Shards | None, updates: Any, mu: Any) -> tuple[Any, Any]:
+    def prepare(
+        updates: Any, mu: Any, b1: ArrayLike, count: Array, shards: Shards | None
+    ) -> tuple[Any, Any]:
         gradients, treedef = jax.tree.flatten(updates)
         momenta = treedef.flatten_up_to(mu)
         numbers = numbers_of(chosen, _whole(shards, updates))
@@ -69,7 +69,7 @@ def _orthogonalised(
 
         if period == 1 or not hidden:
             signed = orthogonalise()
-        else:  # private to each worker: it sends nothing, so that no branch waits for another
+        else:  # the same branch on all devices of a worker; to other workers it sends nothing
             signed = jax.lax.cond(count % period == 0, orthogonalise, lambda: blends)
         for i, c in zip(hidden, signed, strict=True):
             gradients[i] = momenta[i] = c
@@ -100,7 +100,7 @@ def _alone(
     @default_promotion
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        signed = prepare(state.count, None, updates, state.mu)
+        signed = prepare(updates, state.mu, b1, state.count, None)
         direction = jax.tree.map(
             lambda g, x, m: jnp.sign(blend(x, m, b1)).astype(g.dtype), updates, *signed
         )
@@ -153,7 +153,7 @@ def scale_by_distributed_muon(
             f"{period} changes from round to round. Leave one of them out."
         )
     chosen, dtype = muon_weight_dimension_numbers, _ns_dtype(ns_dtype)
-    prepare = _orthogonalised(b1, chosen, steps, dtype, period)
+    prepare = _orthogonalised(chosen, steps, dtype, period)
     if axis_name is None:
         tx = _alone(b1, b2, mu_dtype, prepare)
     else:

@@ -303,9 +303,42 @@ def state_for_axis(name):
     return lambda: dl.init_state(dl.distributed_lion(0.1), PARAMS, dl.worker_mesh(8), name)
 
 
-def idle_axis():
-    mesh = jax.make_mesh((4, 2), ("data", "model"), (AxisType.Auto,) * 2)
-    return dl.make_train_step(loss, dl.distributed_lion(0.1), mesh)
+def split_mesh(kind=AxisType.Auto, axes=("data", "model")):
+    sizes = {1: (8,), 2: (4, 2), 3: (2, 2, 2)}[len(axes)]
+    return jax.make_mesh(sizes, axes, (kind,) * len(axes))
+
+
+def split_step(mesh=None, **options):
+    return lambda: dl.make_train_step(
+        loss, dl.distributed_lion(0.1), split_mesh() if mesh is None else mesh, **options
+    )
+
+
+def sharded(specs, mesh=None):
+    return lambda: dl.sharded(
+        dl.distributed_lion(0.1, axis_name="data"), split_mesh() if mesh is None else mesh, specs,
+        "data",
+    )  # fmt: skip
+
+
+def on_replicas(tx, mesh=None, **extra):
+    """An update where only the vote's axis is manual."""
+
+    def run():
+        where = split_mesh() if mesh is None else mesh
+        grads = jax.tree.map(lambda x: jnp.ones((4, *x.shape)), PARAMS)
+        f = jax.shard_map(
+            lambda g: tx.update(g, tx.init(PARAMS), PARAMS, **extra)[0], mesh=where,
+            in_specs=P("data"), out_specs=P("data"), axis_names={"data"}, check_vma=False,
+        )  # fmt: skip
+        return jax.jit(f)(grads)
+
+    return run
+
+
+def placed(spec, mesh=None):
+    sharding = NamedSharding(split_mesh() if mesh is None else mesh, spec)
+    return {"w": jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=sharding)}
 
 
 def unbound():
@@ -555,7 +588,43 @@ CASES = {
         g=jax.tree.map(lambda x: x[:1], G)
     ),
     "`axis_name` 'x' is not an axis of the mesh, which has ('data',).": state_for_axis("x"),
-    "`mesh` has axes ['model'] beside `axis_name` 'data' and `mean_axis_name` None": idle_axis,
+    # Models that are split over other axes
+    "`mesh` has axes ['x'] beside `axis_name` 'data' and `mean_axis_name` 'model'": split_step(
+        split_mesh(axes=("data", "model", "x")), mean_axis_name="model"
+    ),
+    "`mesh` has axes ['model'] beside `axis_name` 'data', and gradients='mean'": split_step(
+        gradients="mean"
+    ),
+    "`mesh` has Explicit axes ['data', 'model'], and a model that is split": split_step(
+        split_mesh(AxisType.Explicit)
+    ),
+    "`mesh` has axes ['model'] beside the vote's 'data', ... tx.update(..., specs=specs)": (
+        on_replicas(dl.scale_by_distributed_lion())
+    ),
+    "`specs` must hold a PartitionSpec for each of the 2 parameters ... got 1 leaves": on_replicas(
+        dl.scale_by_distributed_lion(), specs=[P()]
+    ),
+    "`mesh` has Explicit axes ['model'] beside the vote's 'data', along which": on_replicas(
+        dl.scale_by_distributed_lion(),
+        jax.make_mesh((4, 2), ("data", "model"), (AxisType.Auto, AxisType.Explicit)),
+    ),
+    "`mesh` has axes ['model'] beside `axis_name` 'data', ... a compressed average looks": (
+        on_replicas(baselines.compressed_average(baselines.QSGD()))
+    ),
+    "`specs['w']` is split over ['rows'], which are no axes of the mesh": sharded({"w": P("rows")}),
+    "`specs['w']` is split over ['data'], the axis that votes ('data')": sharded({"w": P("data")}),
+    "an array lies on a mesh of {'data': 4, 'model': 2}, and the step's has {'data': 2": sharded(
+        placed(P("model")), split_mesh(axes=("data", "model", "x"))
+    ),
+    "`params` has no array with a sharding to read.": lambda: dl.state_specs(
+        dl.distributed_lion(0.1).init(PARAMS), "data", {"w": np.ones(3)}
+    ),
+    "`params['w']` is split over devices: name the mesh's axis that votes": lambda: dl.wire_cost(
+        placed(P("model")), 4
+    ),
+    "`params['w']` lies on no mesh (its sharding is None): with `axis_name` 'data'": lambda: (
+        dl.wire_cost({"w": np.ones(3)}, 4, axis_name="data")
+    ),
     "`n` must lie in [1, 8] ... got 9. ... ('jax_num_cpu_devices', 9)": lambda: dl.worker_mesh(9),
     "`n` must lie in [1, 8] ... got 0.": lambda: dl.worker_mesh(0),
     "`n` must lie in [1, 1] ... got None, ... n=1 asks for one worker": lambda: dl.worker_mesh(

@@ -54,9 +54,10 @@ def size(axis_name: AxisName) -> int:
 
 def varying_axes(x: Any) -> frozenset[str]:
     """Mesh axes that JAX knows ``x`` to differ over; empty where it does not keep track."""
-    aval = jax.typeof(x)
+    # Not the type of a shape: beside automatic axes, JAX cannot make one.
+    aval = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
     tracked = getattr(aval, "manual_axis_type", None)  # jax >= 0.10
-    return frozenset(tracked.varying if tracked is not None else getattr(aval, "vma", ()))
+    return frozenset(tracked.varying if tracked is not None else getattr(aval, "vma", ()) or ())
 
 
 def is_checked(axis_name: AxisName) -> bool:

@@ -106,12 +106,12 @@ def make_train_step(
     check_choice("gradients", gradients, ("local", "mean"))
     check_static("microbatches", microbatches, "int", MOST_PARTS)
     place = Placement(mesh, axis_name, wire.axes(mean_axis_name) if mean_axis_name else ())
+    loss: dict[str, Any] = dict(
+        has_aux=has_aux, has_model_state=has_model_state, microbatches=microbatches
+    )
     if place.replica_axes:
         _check_replicas(place, mean_axis_name, gradients)
-        return replica_step(
-            loss_fn, tx, place, has_aux=has_aux, has_model_state=has_model_state,
-            microbatches=microbatches, check_vma=check_vma, donate=donate,
-        )  # fmt: skip
+        return replica_step(loss_fn, tx, place, **loss, check_vma=check_vma, donate=donate)
     stacked = gradients == "local"
     worker = worker_step(
         loss_fn,
@@ -119,9 +119,7 @@ def make_train_step(
         place.axes,
         wire.axes(axis_name),
         place.inner_axes if stacked else place.axes,
-        has_aux=has_aux,
-        has_model_state=has_model_state,
-        microbatches=microbatches,
+        **loss,
     )
 
     def mapped(
