@@ -113,14 +113,8 @@ def make_train_step(
         _check_replicas(place, mean_axis_name, gradients)
         return replica_step(loss_fn, tx, place, **loss, check_vma=check_vma, donate=donate)
     stacked = gradients == "local"
-    worker = worker_step(
-        loss_fn,
-        tx,
-        place.axes,
-        wire.axes(axis_name),
-        place.inner_axes if stacked else place.axes,
-        **loss,
-    )
+    averaged = place.inner_axes if stacked else place.axes
+    worker = worker_step(loss_fn, tx, place.axes, wire.axes(axis_name), averaged, **loss)
 
     def mapped(
         unseen: bool, params: Any, model_state: Any, state: Any, batch: Any, rng: Any, extra: Any
