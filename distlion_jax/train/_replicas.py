@@ -184,8 +184,8 @@ def sharded(
       ...     updates, state = tx.update(grads, state, params)
       ...     return optax.apply_updates(params, updates), state, loss.mean()
       >>> params, state, loss = step(params, tx.init(params), jnp.array([1.0, 2.0, 3.0, 4.0]))
-      >>> print(params.sharding.spec, params[0])
-      PartitionSpec('fsdp',) 0.1
+      >>> print(params.sharding.spec[0], params[0])
+      fsdp 0.1
     """
     check_automatic(mesh, axis_name)
     place = Placement(mesh, axis_name)
