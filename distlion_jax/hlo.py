@@ -37,34 +37,26 @@ def _arrays(text: str) -> list[tuple[str, int]]:
     ]
 
 
-def _group_size(attributes: str, fallback: int) -> int:
-    """Workers that take part together, in each way that HLO spells ``replica_groups``."""
-    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):  # {{0,1},{2,3}}
-        return match[1].count(",") + 1
-    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):  # [groups,size]<=[devices]
-        return int(match[1])
-    if match := _MESH.search(attributes):  # jax >= 0.12
-        sizes = dict(re.findall(r"('\w+')=(\d+)", match[1]))
-        return math.prod(int(sizes[name]) for name in match[2].split(","))
-    if match := re.search(r"megascale_target=(?:\{|\"|)\{([\d,]+)\}", attributes):  # of slices
-        return match[1].count(",") + 1
-    return fallback
-
-
-_MESH = re.compile(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}")
+_LISTED = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")  # {{0,1},{2,3}}
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}")
+_MESH = re.compile(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}")  # jax >= 0.12
+_PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{}]*\})\}")
+_SLICES = re.compile(r"megascale_target=(?:\{|\"|)\{([\d,]+)\}")  # the first group, of slices
 
 
 def _ints(text: str) -> list[int]:
     return [int(x) for x in text.split(",") if x]
 
 
-def _groups(attributes: str, devices: int) -> list[list[int]]:
-    """Devices that send to one another, as their places in the program's list of devices."""
+def _lists(text: str) -> list[list[int]]:
+    return [_ints(group) for group in re.findall(r"\{([\d,]+)\}", text)]
+
+
+def _replica_groups(attributes: str) -> list[list[int]]:
+    """Devices that take part together, as places in the program's list of them; [] if not said."""
     if match := _LISTED.search(attributes):
-        return [_ints(group) for group in re.findall(r"\{([\d,]+)\}", match[1])]
-    if match := _IOTA.search(attributes):
+        return _lists(match[1])
+    if match := _IOTA.search(attributes):  # [groups,size]<=[sizes of the axes]T(their order)
         sizes, order = _ints(match[2]), match[3]
         ids = np.arange(math.prod(sizes)).reshape(sizes)
         ids = ids.transpose(_ints(order)) if order else ids
@@ -75,7 +67,15 @@ def _groups(attributes: str, devices: int) -> list[list[int]]:
         names = [*(name for name in sizes if name not in together), *together]
         ids = ids.reshape(list(sizes.values())).transpose([list(sizes).index(x) for x in names])
         return ids.reshape(-1, math.prod(sizes[name] for name in together)).tolist()
-    return [list(range(devices))]
+    return []
+
+
+def _group_size(attributes: str, fallback: int) -> int:
+    """How many take part together."""
+    if groups := _replica_groups(attributes):
+        return len(groups[0])
+    slices = _SLICES.search(attributes)
+    return len(_ints(slices[1])) if slices else fallback
 
 
 class _Move(NamedTuple):
@@ -84,7 +84,6 @@ class _Move(NamedTuple):
     op: str
     arrays: list[tuple[str, int]]  # dtypes and elements, of one device
     attributes: str
-    between_slices: bool  # of TPUs: by the data centre's network
 
 
 def _moves(text: str) -> Iterator[_Move]:
@@ -101,12 +100,12 @@ def _moves(text: str) -> Iterator[_Move]:
         operands, _, attributes = rest.partition("), ")
         arrays = [a for x in re.findall(r"%([\w.\-]+)", operands) for a in results.get(x, [])]
         if op == "send" and (match := _DCN.search(attributes)):
-            # Its result holds what is sent, and a token.
-            yield _Move(match[1].lower().replace("_", "-"), results[name][:1], attributes, True)
+            # To other slices of TPUs. Its result holds what is sent, and a token.
+            yield _Move(match[1].lower().replace("_", "-"), results[name][:1], attributes)
         elif op in _OPS:
             if op == "all-to-all":
                 arrays = [(arrays[0][0], sum(elements for _, elements in arrays))]
-            yield _Move(op, arrays, attributes, False)
+            yield _Move(op, arrays, attributes)
 
 
 def compiled_collectives(compiled: Any, workers: int) -> list[Collective]:
@@ -177,7 +176,10 @@ def crossings(compiled: Any, mesh: Mesh, axis_name: AxisName = "replica") -> lis
     at = np.stack(np.unravel_index(np.arange(mesh.size), mesh.devices.shape), axis=1)[:, places]
     found = []
     for move in _moves(text):
-        groups = _groups(move.attributes, mesh.size)  # all devices, if it lies between slices
+        groups = _replica_groups(move.attributes)
+        if not groups and (pairs := _PAIRS.search(move.attributes)):
+            groups = _lists(pairs[1])
+        groups = groups or [list(range(mesh.size))]  # not said, or between slices
         if any((at[group] != at[group[0]]).any() for group in groups if group):
             name = re.search(r'op_name="([^"]*)"', move.attributes)
             n = _group_size(move.attributes, mesh.size)

@@ -11,7 +11,6 @@ from typing import Any, Unpack
 
 import jax
 import numpy as np
-from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from distlion_jax._rules import Aggregation, AxisName, Rules, VoteOptions, takes_vote_options
@@ -39,7 +38,7 @@ def _voted_layout(params: Any, axis_name: AxisName | None) -> Layout:
     """The layout of what one device votes on, of arrays that lie on a mesh."""
     if axis_name is None:
         for path, x in jax.tree_util.tree_leaves_with_path(params):
-            sharding = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
+            sharding = shards.sharding_of(x)
             if sharding is not None and sharding.shard_shape(np.shape(x)) != np.shape(x):
                 raise ValueError(
                     f"`params{jax.tree_util.keystr(path)}` is split over devices: name the mesh's "
@@ -48,7 +47,7 @@ def _voted_layout(params: Any, axis_name: AxisName | None) -> Layout:
         return layout_of(params)
     shapes = []
     for path, x in jax.tree_util.tree_leaves_with_path(params):
-        sharding = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
+        sharding = shards.sharding_of(x)
         if not isinstance(sharding, NamedSharding):
             raise ValueError(
                 f"`params{jax.tree_util.keystr(path)}` lies on no mesh (its sharding is "

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
+from jax.core import Tracer
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -182,6 +183,17 @@ def voted_shape(shape: tuple[int, ...], spec: P, sizes: Mapping[str, int]) -> tu
     return tuple(size // parts if axis == one.along else size for axis, size in enumerate(mine))
 
 
+def sharding_of(x: Any) -> Any:
+    """The sharding of an array or its shape; None where nothing says, as of a traced one."""
+    return None if isinstance(x, Tracer) else getattr(x, "sharding", None)
+
+
+def explicit_axes(mesh: Any) -> list[str]:
+    """Axes of a mesh whose arrays say in their types how they are split."""
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return [name for name, kind in kinds if kind == AxisType.Explicit and mesh.shape[name] > 1]
+
+
 def inner_sizes(axis_name: AxisName) -> dict[str, int]:
     """Axes of the mesh that the compiler still splits arrays over, where the vote's are manual.
 
@@ -194,8 +206,7 @@ def inner_sizes(axis_name: AxisName) -> dict[str, int]:
     if any(kinds.get(name) != AxisType.Manual for name in wire.axes(axis_name)):
         return {}
     left = {name: mesh.shape[name] for name, kind in kinds.items() if kind != AxisType.Manual}
-    explicit = [name for name in left if kinds[name] == AxisType.Explicit and left[name] > 1]
-    if explicit:
+    if explicit := explicit_axes(mesh):
         raise ValueError(
             f"`mesh` has Explicit axes {explicit} beside the vote's {axis_name!r}, along which it "
             "cannot tell how leaves are split. Make the mesh with "

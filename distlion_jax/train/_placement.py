@@ -16,6 +16,7 @@ from jax.tree_util import tree_leaves_with_path
 
 from distlion_jax._rules import AxisName
 from distlion_jax._vote import wire
+from distlion_jax._vote.shards import sharding_of
 from distlion_jax.exchanges import is_once
 from distlion_jax.train._specs import is_spec, key_path, specs_of
 
@@ -47,13 +48,14 @@ def state_specs(state: Any, axis_name: AxisName = "data", params: Any = None) ->
         return jax.tree.map(
             lambda x: REPLICATED if is_once(x) else by_worker, state, is_leaf=is_once
         )
-    meshes = [x.sharding.mesh for x in jax.tree.leaves(params) if hasattr(x, "sharding")]
-    if not meshes:
+    placed = [x for x in map(sharding_of, jax.tree.leaves(params)) if isinstance(x, NamedSharding)]
+    if not placed:
         raise ValueError(
-            "`params` has no array with a sharding to read. Pass placed arrays, or "
-            "jax.ShapeDtypeStruct(..., sharding=...)."
+            "`params` has no array with a sharding to read. Pass arrays that are placed on a mesh, "
+            "or jax.ShapeDtypeStruct(..., sharding=...)."
         )
-    specs = specs_of(params, meshes[0], axis_name)
+    mesh: Any = placed[0].mesh
+    specs = specs_of(params, mesh, axis_name)
     return specs_like(state, axis_name, params, specs)
 
 
@@ -140,6 +142,4 @@ class Placement:
 
     def shardings(self, specs: Any) -> Any:
         """Specs on this mesh."""
-        return jax.tree.map(
-            lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=lambda x: isinstance(x, P)
-        )
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=is_spec)

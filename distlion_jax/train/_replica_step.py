@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from distlion_jax._vote import wire
-from distlion_jax._vote.shards import names
+from distlion_jax._vote.shards import names, sharding_of
 from distlion_jax.hlo import crossings
 from distlion_jax.train import _audit as audit
 from distlion_jax.train._checks import check_declared, check_differ
@@ -25,7 +25,7 @@ from distlion_jax.train._drive import Driver, Place, Step, given
 from distlion_jax.train._gradient import value_and_gradient
 from distlion_jax.train._notes import leading_on, warn
 from distlion_jax.train._placement import Placement, specs_like, state_specs
-from distlion_jax.train._replicas import behind, by_replica, check_automatic, constrain, lead
+from distlion_jax.train._replicas import by_replica, check_automatic, constrain, constrain_each, own
 from distlion_jax.train._specs import is_spec
 from distlion_jax.train._state import stack, unstack
 from distlion_jax.train._worker import worker_update
@@ -70,8 +70,13 @@ def replica_step(
     kept = tuple(range(2, 4 + has_model_state)) if donate else ()
     jitted = jax.jit(run, static_argnums=(0, 1), donate_argnums=kept)
 
+    known: dict[Any, tuple[P, ...]] = {}  # by shardings: reading specs takes as long as a step may
+
     def specs(params: Any) -> tuple[P, ...]:
-        return tuple(jax.tree.leaves(place.specs(params), is_leaf=is_spec))
+        placed = tuple(map(sharding_of, jax.tree.leaves(params)))
+        if placed not in known:
+            known[placed] = tuple(jax.tree.leaves(place.specs(params), is_leaf=is_spec))
+        return known[placed]
 
     driver = Driver(
         tx,
@@ -90,11 +95,11 @@ def replica_step(
         microbatches=microbatches,
         donate=donate,
     )
-    looked: set[Any] = set()  # programs whose crossings were looked at
+    looked: set[Any] = set()  # specs and shapes of a batch: the programs that were looked at
 
     def program(unseen: bool, args: Any, rng: Any, extra: Any) -> tuple[Any, ...]:
         mine, more = specs(args[0]), given(rng, extra)
-        key = mine, jax.tree.structure((args, more)), tuple(map(np.shape, jax.tree.leaves(args)))
+        key = mine, tuple(map(np.shape, jax.tree.leaves(args[-1])))
         if not unseen and key not in looked:
             looked.add(key)
             _warn_of_idle(place, args[0], args[-1])
@@ -127,7 +132,7 @@ def _gradients(gradient: Callable[..., Any], place: Placement) -> Callable[..., 
             spmd_axis_name=axes,
         )
         loss, seen, aux, grads = mapped(params, model_state, by_replica(batch, place), keys)
-        return loss, seen, aux, constrain(grads, behind(place.vote_axes, specs), place.mesh)
+        return loss, seen, aux, constrain_each(grads, specs, place)
 
     return gradients
 
@@ -139,17 +144,18 @@ def _update(
     axes = wire.axes(place.vote_axes)
     finish = worker_update(tx, axes, axes, specs=specs)
 
-    def own(params: Any, model_state: Any, state: Any, found: Any, extra: Any) -> tuple[Any, ...]:
+    def mine(params: Any, model_state: Any, state: Any, found: Any, extra: Any) -> tuple[Any, ...]:
         state = unstack(state, place.vote_axes)
-        found, extra = jax.tree.map(lambda x: x[0], (found, extra))
-        params, model_state, state, metrics = finish(params, model_state, state, found, extra)
+        params, model_state, state, metrics = finish(
+            params, model_state, state, own(found), own(extra)
+        )
         check_differ(axes, state, params)
         return params, model_state, stack(state), metrics
 
     def update(params: Any, model_state: Any, state: Any, found: Any, extra: Any) -> Any:
-        by_state, by_worker = state_specs(state, place.vote_axes), lead(place.vote_axes)
+        by_state, by_worker = state_specs(state, place.vote_axes), place.by_worker
         mapped = jax.shard_map(
-            own,
+            mine,
             mesh=place.mesh,
             in_specs=(P(), P(), by_state, by_worker, by_worker),
             out_specs=(P(), P(), by_state, P()),
@@ -163,7 +169,7 @@ def _update(
 
 def _warn_of_idle(place: Placement, params: Any, batch: Any) -> None:
     """A word where neither rows nor parameters are split over an axis inside a replica."""
-    found = [getattr(x, "sharding", None) for x in jax.tree.leaves((params, batch))]
+    found = map(sharding_of, jax.tree.leaves((params, batch)))
     specs = [x.spec for x in found if isinstance(x, NamedSharding)]
     used = {name for spec in specs for name in names(spec)}
     if idle := [name for name in place.replica_axes if name not in used]:

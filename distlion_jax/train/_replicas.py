@@ -16,23 +16,20 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from distlion_jax._rules import AxisName, check_choice
 from distlion_jax._vote import wire
+from distlion_jax._vote.shards import explicit_axes
 from distlion_jax.exchanges import with_extra_args
+from distlion_jax.train._mesh import local_value_and_grad
 from distlion_jax.train._placement import Placement, specs_like, state_specs
 from distlion_jax.train._specs import is_spec, specs_of
 from distlion_jax.train._state import spread, stack, unstack
 
 How = Literal["vmap", "shard_map"]
 FREE = P.UNCONSTRAINED
-
-
-def lead(axis_name: AxisName) -> P:
-    """The spec of an array with an entry for each worker."""
-    return P(wire.axes(axis_name))
 
 
 def constrain(tree: Any, specs: Any, mesh: Mesh) -> Any:
@@ -45,9 +42,15 @@ def constrain(tree: Any, specs: Any, mesh: Mesh) -> Any:
     )
 
 
-def behind(axis_name: AxisName, specs: Any) -> Any:
-    """Specs of arrays with an entry for each worker, each of which lies as the specs say."""
-    return jax.tree.map(lambda spec: P(*lead(axis_name), *spec), specs, is_leaf=is_spec)
+def constrain_each(tree: Any, specs: Any, place: Placement) -> Any:
+    """Arrays with an entry for each worker, each of which is laid out as the specs say."""
+    behind = jax.tree.map(lambda spec: P(*place.by_worker, *spec), specs, is_leaf=is_spec)
+    return constrain(tree, behind, place.mesh)
+
+
+def own(tree: Any) -> Any:
+    """Of arrays with an entry for each worker, inside a mapped function: this worker's."""
+    return jax.tree.map(lambda x: x[0], tree)
 
 
 def by_replica(tree: Any, place: Placement) -> Any:
@@ -59,7 +62,7 @@ def by_replica(tree: Any, place: Placement) -> Any:
     def one(x: Any) -> Any:
         x = jnp.asarray(x)
         x = x.reshape(place.workers, x.shape[0] // place.workers, *x.shape[1:])
-        spec = P(*lead(place.vote_axes), *(FREE for _ in x.shape[1:]))
+        spec = P(*place.by_worker, *(FREE for _ in x.shape[1:]))
         return jax.lax.with_sharding_constraint(x, NamedSharding(place.mesh, spec))
 
     return jax.tree.map(one, tree)
@@ -67,9 +70,7 @@ def by_replica(tree: Any, place: Placement) -> Any:
 
 def check_automatic(mesh: Mesh, axis_name: AxisName) -> None:
     """Raises for Explicit axes: types that say how each array is split."""
-    explicit = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-                if kind == AxisType.Explicit and mesh.shape[name] > 1]  # fmt: skip
-    if explicit:
+    if explicit := explicit_axes(mesh):
         raise ValueError(
             f"`mesh` has Explicit axes {explicit}, and a model that is split over axes beside the "
             f"vote's {axis_name!r} needs Auto ones: the compiler splits what is inside a worker. "
@@ -119,22 +120,24 @@ def replica_value_and_grad(
     check_automatic(mesh, axis_name)
     place = Placement(mesh, axis_name)
     axes = wire.axes(axis_name)
-    gradient = jax.value_and_grad(fun, has_aux=has_aux)
 
     def by_vmap(params: Any, rows: Any) -> Any:
+        gradient = jax.value_and_grad(fun, has_aux=has_aux)
         mapped = jax.vmap(
             lambda p, some: gradient(p, *some), in_axes=(None, 0), spmd_axis_name=axes
         )
         return mapped(params, rows)
 
     def by_shard_map(params: Any, rows: Any) -> Any:
-        def own(params: Any, rows: Any) -> Any:
-            params = jax.tree.map(lambda x: wire.vary(x, axes), params)
-            out = gradient(params, *jax.tree.map(lambda x: x[0], rows))
-            return jax.tree.map(lambda x: wire.vary(x, axes)[None], out)
+        gradient = local_value_and_grad(fun, axes, has_aux)
 
+        def mine(params: Any, rows: Any) -> Any:
+            out = wire.vary_tree(gradient(params, *own(rows)), axes)
+            return jax.tree.map(lambda x: x[None], out)
+
+        by_worker = place.by_worker
         mapped = jax.shard_map(
-            own, mesh=mesh, in_specs=(P(), P(axes)), out_specs=P(axes), axis_names=set(axes)
+            mine, mesh=mesh, in_specs=(P(), by_worker), out_specs=by_worker, axis_names=set(axes)
         )
         return mapped(params, rows)
 
@@ -196,19 +199,18 @@ def sharded(
         state = spread(wrapped.init(params), place.workers)
         return constrain(state, specs_like(state, axis_name, params, known), mesh)
 
-    def own(grads: Any, state: Any, params: Any, extra: Any) -> tuple[Any, Any]:
-        first = lambda tree: jax.tree.map(lambda x: x[0], tree)  # noqa: E731
+    def mine(grads: Any, state: Any, params: Any, extra: Any) -> tuple[Any, Any]:
         state = unstack(state, axis_name)
-        updates, state = wrapped.update(first(grads), state, params, specs=known, **first(extra))
+        updates, state = wrapped.update(own(grads), state, params, specs=known, **own(extra))
         return updates, stack(state)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         by_state = state_specs(state, axis_name)
-        grads = constrain(updates, behind(axis_name, known), mesh)
+        grads = constrain_each(updates, known, place)
         mapped = jax.shard_map(
-            own,
+            mine,
             mesh=mesh,
-            in_specs=(lead(axis_name), by_state, P(), lead(axis_name)),
+            in_specs=(place.by_worker, by_state, P(), place.by_worker),
             out_specs=(P(), by_state),
             axis_names=set(wire.axes(axis_name)),
         )

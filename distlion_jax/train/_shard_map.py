@@ -106,15 +106,15 @@ def make_train_step(
     check_choice("gradients", gradients, ("local", "mean"))
     check_static("microbatches", microbatches, "int", MOST_PARTS)
     place = Placement(mesh, axis_name, wire.axes(mean_axis_name) if mean_axis_name else ())
-    loss: dict[str, Any] = dict(
+    of_loss: dict[str, Any] = dict(
         has_aux=has_aux, has_model_state=has_model_state, microbatches=microbatches
     )
     if place.replica_axes:
         _check_replicas(place, mean_axis_name, gradients)
-        return replica_step(loss_fn, tx, place, **loss, check_vma=check_vma, donate=donate)
+        return replica_step(loss_fn, tx, place, **of_loss, check_vma=check_vma, donate=donate)
     stacked = gradients == "local"
     averaged = place.inner_axes if stacked else place.axes
-    worker = worker_step(loss_fn, tx, place.axes, wire.axes(axis_name), averaged, **loss)
+    worker = worker_step(loss_fn, tx, place.axes, wire.axes(axis_name), averaged, **of_loss)
 
     def mapped(
         unseen: bool, params: Any, model_state: Any, state: Any, batch: Any, rng: Any, extra: Any

@@ -8,13 +8,12 @@ import functools
 from typing import Any
 
 import jax
-from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from distlion_jax._rules import AxisName
 from distlion_jax._vote import wire
-from distlion_jax._vote.shards import names
+from distlion_jax._vote.shards import names, sharding_of
 
 
 @functools.lru_cache(maxsize=4096)
@@ -69,9 +68,7 @@ def specs_of(tree: Any, mesh: Mesh, axis_name: AxisName, name: str = "params") -
 
 def spec_of(x: Any, mesh: Mesh) -> P:
     """How an array, a shape or a sharding lies on the mesh; replicated, if nothing says."""
-    sharding = x if isinstance(x, NamedSharding) else None
-    if not isinstance(x, Tracer):
-        sharding = sharding or getattr(x, "sharding", None)
+    sharding = x if isinstance(x, NamedSharding) else sharding_of(x)
     if not isinstance(sharding, NamedSharding):
         return P()
     if sharding.mesh.shape_tuple != mesh.shape_tuple and not sharding.is_fully_replicated:
