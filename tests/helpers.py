@@ -152,4 +152,4 @@ def benchmark_command(name, *flags):
     """The command of one, and the arguments of ``subprocess.run`` that it needs from anywhere."""
     path = os.pathsep.join(filter(None, [str(BENCHMARKS.parent), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, flags)]
-    return command, {"env": os.environ | {"PYTHONPATH": path}, "text": True}
+    return command, {"env": os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}, "text": True}
