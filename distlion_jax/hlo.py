@@ -38,8 +38,10 @@ def _arrays(text: str) -> list[tuple[str, int]]:
 
 
 _LISTED = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")  # {{0,1},{2,3}}
-_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_MESH = re.compile(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}")  # jax >= 0.12
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=(\S+)")  # [groups,size]<=[2,4]T(1,0)
+# mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'x','y':(1)2}: axes of XLA's own, or parts of them.
+_MESH = re.compile(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}")
+_AXIS = re.compile(r"('[^']*')(?::\((\d+)\)(\d+))?")  # a part: behind so many, of so many
 _PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{}]*\})\}")
 _SLICES = re.compile(r"megascale_target=(?:\{|\"|)\{([\d,]+)\}")  # the first group, of slices
 
@@ -56,18 +58,37 @@ def _replica_groups(attributes: str) -> list[list[int]]:
     """Devices that take part together, as places in the program's list of them; [] if not said."""
     if match := _LISTED.search(attributes):
         return _lists(match[1])
-    if match := _IOTA.search(attributes):  # [groups,size]<=[sizes of the axes]T(their order)
-        sizes, order = _ints(match[2]), match[3]
-        ids = np.arange(math.prod(sizes)).reshape(sizes)
-        ids = ids.transpose(_ints(order)) if order else ids
-        return ids.reshape(_ints(match[1])).tolist()
+    if match := _IOTA.search(attributes):
+        return _devices(match[2]).reshape(_ints(match[1])).tolist()
     if match := _MESH.search(attributes):
-        sizes = {name: int(size) for name, size in re.findall(r"('\w+')=(\d+)", match[1])}
-        ids, together = np.arange(math.prod(sizes.values())), match[2].split(",")
-        names = [*(name for name in sizes if name not in together), *together]
-        ids = ids.reshape(list(sizes.values())).transpose([list(sizes).index(x) for x in names])
-        return ids.reshape(-1, math.prod(sizes[name] for name in together)).tolist()
+        return _mesh_groups(*match.groups())
     return []
+
+
+def _devices(text: str) -> np.ndarray:
+    """Devices in the order that ``[2,4]T(1,0)`` says, or that is listed."""
+    match = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if not match:
+        return np.array(_ints(text))
+    sizes = _ints(match[1])
+    ids = np.arange(math.prod(sizes)).reshape(sizes)
+    return (ids.transpose(_ints(match[2])) if match[2] else ids).reshape(-1)
+
+
+def _mesh_groups(axes: str, devices: str | None, together: str) -> list[list[int]]:
+    """Groups along axes of a mesh: devices whose places are equal but for these axes."""
+    sizes = {name: int(size) for name, size in re.findall(r"('[^']*')=(\d+)", axes)}
+    count = math.prod(sizes.values())
+    places = np.stack(np.unravel_index(np.arange(count), list(sizes.values())), axis=1)
+    for name, before, size in _AXIS.findall(together):
+        k, whole = list(sizes).index(name), sizes[name]
+        behind = whole // (int(before or 1) * int(size or whole))
+        places[:, k] -= places[:, k] // behind % int(size or whole) * behind
+    groups: dict[tuple[int, ...], list[int]] = {}
+    ids = _devices(devices) if devices else np.arange(count)
+    for place, device in zip(map(tuple, places.tolist()), ids.tolist(), strict=True):
+        groups.setdefault(place, []).append(device)
+    return list(groups.values())
 
 
 def _group_size(attributes: str, fallback: int) -> int:

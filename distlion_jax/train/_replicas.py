@@ -24,6 +24,7 @@ from distlion_jax._vote import wire
 from distlion_jax._vote.shards import explicit_axes
 from distlion_jax.exchanges import with_extra_args
 from distlion_jax.train._mesh import local_value_and_grad
+from distlion_jax.train._notes import warn
 from distlion_jax.train._placement import Placement, specs_like, state_specs
 from distlion_jax.train._specs import is_spec, specs_of
 from distlion_jax.train._state import spread, stack, unstack
@@ -148,6 +149,19 @@ def replica_value_and_grad(
     return gradients
 
 
+def _warn_of_boxes(params: Any) -> None:
+    """A word where Flax's containers would name the axes of a state, less its worker axis."""
+    is_box = lambda x: hasattr(x, "replace_boxed")  # noqa: E731
+    if any(map(is_box, jax.tree.leaves(params, is_leaf=is_box))):
+        warn(
+            "`params` keep the names of their axes in Flax's boxes, and so does the state, whose "
+            "arrays have a worker axis before them. Shardings made of the boxes, as by "
+            "nn.get_sharding, would move momenta between workers in every step. Unbox first: "
+            "sharded(...).init(nn.meta.unbox(params)); or make the state's shardings by "
+            "distlion_jax.state_specs(state, axis_name, params)."
+        )
+
+
 def sharded(
     tx: optax.GradientTransformation,
     mesh: Mesh,
@@ -196,6 +210,7 @@ def sharded(
     wrapped = with_extra_args(tx)
 
     def init(params: Any) -> Any:
+        _warn_of_boxes(params)
         state = spread(wrapped.init(params), place.workers)
         return constrain(state, specs_like(state, axis_name, params, known), mesh)
 
