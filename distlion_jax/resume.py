@@ -28,7 +28,14 @@ How = Literal["mean", "rows"]
 MOST = 2**24  # workers, as of a vote
 
 
-def resize_state(state: Any, mesh: Mesh, axis_name: AxisName = "data", *, how: How = "mean") -> Any:
+def resize_state(
+    state: Any,
+    mesh: Mesh,
+    axis_name: AxisName = "data",
+    *,
+    how: How = "mean",
+    params: Any = None,
+) -> Any:
     r"""A state of some workers as one of other workers: a run goes on with fewer or more.
 
     Momenta are each worker's own, and there is no right number of them for other workers. With
@@ -43,6 +50,9 @@ def resize_state(state: Any, mesh: Mesh, axis_name: AxisName = "data", *, how: H
       axis_name: its axis, or axes, that the workers lie on.
       how: ``"mean"``; or ``"rows"``: worker i takes the momentum of worker ``i mod n``. That loses
         momenta where there are fewer workers, and repeats them where there are more.
+      params: of a model that is split over other axes of the mesh: the parameters as they lie on
+        it, or their shapes. Momenta are split as they are. None: each worker's part of the state
+        lies whole on its devices.
 
     Returns:
       The state in the form of :func:`distlion_jax.init_state`, placed on the mesh. Step counts,
@@ -82,8 +92,7 @@ def resize_state(state: Any, mesh: Mesh, axis_name: AxisName = "data", *, how: H
 
     made = _map(spread, shared, _one_copy(state, old), state)
     made = _stamped(made, place.workers)
-    specs = place.state(made)
-    return _placed(made, specs, mesh)
+    return _placed(made, place.state(made, params), mesh)
 
 
 def workers_of(state: Any) -> int:
@@ -225,7 +234,9 @@ def _is_lion(node: Any) -> bool:
     return isinstance(node, optax.ScaleByLionState | ScaleByDistributedLionState)
 
 
-def from_lion_state(state: Any, mesh: Mesh, axis_name: AxisName = "data") -> Any:
+def from_lion_state(
+    state: Any, mesh: Mesh, axis_name: AxisName = "data", params: Any = None
+) -> Any:
     """The state of ``optax.lion`` as that of :func:`distlion_jax.distributed_lion`.
 
     Every worker begins with a copy of Lion's momentum.
@@ -234,6 +245,7 @@ def from_lion_state(state: Any, mesh: Mesh, axis_name: AxisName = "data") -> Any
       state: of ``optax.lion``, or of a chain with ``optax.scale_by_lion``; without a worker axis.
       mesh: the mesh to go on with.
       axis_name: its axis, or axes, that the workers lie on.
+      params: of a model that is split over other axes of the mesh: see :func:`resize_state`.
 
     Raises:
       ValueError: for a state in which there is no Lion.
@@ -260,7 +272,7 @@ def from_lion_state(state: Any, mesh: Mesh, axis_name: AxisName = "data") -> Any
 
     whole = jax.tree.map(convert, state, is_leaf=_is_lion)
     made = _rows(whole, place.workers)
-    return _placed(made, place.state(made), mesh)
+    return _placed(made, place.state(made, params), mesh)
 
 
 def state_like(tx: optax.GradientTransformation, params: Any, n: int) -> Any:

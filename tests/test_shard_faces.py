@@ -12,16 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import distlion_jax as dl
+from tests.sharded_model import (
+    HIDDEN,
+    SHAPES,
+    SPECS,
+    WIDTH,
+    WORDS,
+    batches,
+    initial,
+    loss_fn,
+    mesh_of,
+    place,
+    rows,
+)
 
-STEPS, WORDS, WIDTH, HIDDEN = 20, 24, 16, 32
-SHAPES = {"up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH), "bias": (WIDTH,),
-          "table": (WORDS, WIDTH), "scale": (HIDDEN,)}  # fmt: skip
-SPECS = {"up": P("fsdp", "tensor"), "down": P("tensor", "fsdp"), "bias": P(),
-         "table": P(None, "fsdp"), "scale": P("tensor")}  # fmt: skip
 VOTE = {"ballot": "ternary", "ties": "zero", "weight_decay": 0.1}  # coins are of the layout
 TRANSFORMATIONS = {
     "lion": lambda: dl.distributed_lion(0.01, axis_name="replica", **VOTE),
@@ -38,34 +46,9 @@ def float64():
         yield
 
 
-def initial():
-    rng = np.random.default_rng(0)
-    return {name: rng.normal(size=shape) / 4 for name, shape in SHAPES.items()}
-
-
-def batches():
-    rng = np.random.default_rng(1)
-    return [dict(zip("xy", rng.integers(0, WORDS, (2, 8, 5)), strict=True)) for _ in range(STEPS)]
-
-
-def loss_fn(params, batch):
-    x = params["table"][batch["x"]]
-    hidden = jnp.tanh(x @ params["up"]) * (1 + params["scale"])
-    logits = (x + hidden @ params["down"] + params["bias"]) @ params["table"].T
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
-
-
 @pytest.fixture
 def mesh():
-    return jax.make_mesh((2, 2, 2), ("replica", "fsdp", "tensor"), (AxisType.Auto,) * 3)
-
-
-def place(tree, mesh):
-    return {k: jax.device_put(x, NamedSharding(mesh, SPECS[k])) for k, x in tree.items()}
-
-
-def rows(batch, mesh):
-    return jax.device_put(batch, NamedSharding(mesh, P(("replica", "fsdp"))))
+    return mesh_of(2, 2, 2)
 
 
 def train_step(tx, mesh):
