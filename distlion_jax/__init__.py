@@ -49,6 +49,7 @@ Bytes and seconds:
     compiled_collectives        the collectives in a compiled program
     crossings                   those along the axis that votes, of a sharded model
     newton_schulz_flops         arithmetic that distributed_muon adds to a worker's step
+    newton_schulz_cost          what it gathers inside a worker, of a sharded model
     forecast_vote               seconds of a step on a given network
     forecast_all_reduce         seconds of the step it replaces
     break_even                  the bandwidth up to which the vote is quicker
@@ -83,7 +84,13 @@ from distlion_jax.exchanges import ReplicatedState, Roles, exchange, replicated
 from distlion_jax.finite import keep_finite
 from distlion_jax.forecast import Forecast, Link, break_even, forecast_all_reduce, forecast_vote
 from distlion_jax.hlo import Crossing, compiled_collectives, crossings
-from distlion_jax.ledger import Collective, WireCost, full_precision_cost, wire_cost
+from distlion_jax.ledger import (
+    Collective,
+    WireCost,
+    full_precision_cost,
+    newton_schulz_cost,
+    wire_cost,
+)
 from distlion_jax.lion import (
     ScaleByDistributedLionState,
     distributed_lion,
@@ -162,6 +169,7 @@ __all__ = [
     "make_pmap_train_step",
     "make_train_step",
     "mean_health",
+    "newton_schulz_cost",
     "newton_schulz_flops",
     "pmap_replicate",
     "replica_value_and_grad",

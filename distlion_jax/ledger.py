@@ -7,15 +7,17 @@ tree, number of workers and options. It sums what the transports state of themse
 can check the prediction on their own model. A test ties the two together.
 """
 
+import math
 from typing import Any, Unpack
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
+from distlion_jax._batches import Choice, axes_of, numbers_of
 from distlion_jax._rules import Aggregation, AxisName, Rules, VoteOptions, takes_vote_options
 from distlion_jax._vote import shards, transports, wire
-from distlion_jax._vote.costs import Collective, WireCost
+from distlion_jax._vote.costs import Collective, WireCost, hlo_dtype
 from distlion_jax._vote.words import Layout
 from distlion_jax.hlo import compiled_collectives  # its old home
 
@@ -25,6 +27,7 @@ __all__ = [
     "compiled_collectives",
     "full_precision_cost",
     "layout_of",
+    "newton_schulz_cost",
     "wire_cost",
 ]
 
@@ -45,18 +48,22 @@ def _voted_layout(params: Any, axis_name: AxisName | None) -> Layout:
                     'axis that votes, as wire_cost(..., axis_name="replica").'
                 )
         return layout_of(params)
-    shapes = []
-    for path, x in jax.tree_util.tree_leaves_with_path(params):
-        sharding = shards.sharding_of(x)
-        if not isinstance(sharding, NamedSharding):
-            raise ValueError(
-                f"`params{jax.tree_util.keystr(path)}` lies on no mesh (its sharding is "
-                f"{sharding}): with `axis_name` {axis_name!r} pass placed arrays, or "
-                "jax.ShapeDtypeStruct(..., sharding=NamedSharding(mesh, spec))."
-            )
-        sizes = {k: v for k, v in sharding.mesh.shape.items() if k not in wire.axes(axis_name)}
-        shapes.append(shards.voted_shape(np.shape(x), sharding.spec, sizes))
-    return Layout(shapes)
+    placed = [(np.shape(x), *_placed(path, x, axis_name))
+              for path, x in jax.tree_util.tree_leaves_with_path(params)]  # fmt: skip
+    return Layout([shards.voted_shape(*one) for one in placed])
+
+
+def _placed(path: Any, x: Any, axis_name: AxisName) -> tuple[PartitionSpec, dict[str, int]]:
+    """How a leaf is split inside a worker: its spec, and the sizes of the worker's own axes."""
+    sharding = shards.sharding_of(x)
+    if not isinstance(sharding, NamedSharding):
+        raise ValueError(
+            f"`params{jax.tree_util.keystr(path)}` lies on no mesh (its sharding is "
+            f"{sharding}): with `axis_name` {axis_name!r} pass placed arrays, or "
+            "jax.ShapeDtypeStruct(..., sharding=NamedSharding(mesh, spec))."
+        )
+    sizes = {k: v for k, v in sharding.mesh.shape.items() if k not in wire.axes(axis_name)}
+    return sharding.spec, sizes
 
 
 @takes_vote_options
@@ -109,3 +116,42 @@ def full_precision_cost(params: Any, n: int, dtype: str = "f32") -> WireCost:
     return WireCost(
         "all_reduce", size, (Collective("all-reduce", dtype, size, n),) if n > 1 else ()
     )
+
+
+def newton_schulz_cost(
+    params: Any, axis_name: AxisName, muon_weight_dimension_numbers: Choice = None
+) -> WireCost:
+    """What :func:`distlion_jax.distributed_muon` gathers inside a worker that is many devices.
+
+    A matrix is orthogonalised whole, on every device that holds a part of it. Its blend is gathered
+    over the axes that the matrix is split over, in the dtype of the gradient. Nothing of it leaves
+    the worker: this comes on top of :func:`wire_cost`, on the links inside. With ``period`` P it
+    comes in every P-th step only.
+
+    Args:
+      params: arrays that lie on a mesh, or ``jax.ShapeDtypeStruct`` with a sharding.
+      axis_name: the axis, or axes, of the mesh that vote.
+      muon_weight_dimension_numbers: as in ``distributed_muon``.
+
+    Returns:
+      The all-gathers of each device, in the order of the leaves.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+      >>> mesh = jax.make_mesh((2, 4), ("replica", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+      >>> w = jax.device_put(jnp.zeros((64, 64)), NamedSharding(mesh, P("fsdp")))
+      >>> newton_schulz_cost({"w": w}, "replica").bytes_received  # 3 quarters of 64 * 64 * 4
+      12288
+    """
+    numbers = numbers_of(muon_weight_dimension_numbers, params)
+    moved, leaves = [], jax.tree_util.tree_leaves_with_path(params)
+    for (path, x), one in zip(leaves, numbers, strict=True):
+        spec, sizes = _placed(path, x, axis_name)
+        elements = math.prod(shards.shard_shape(np.shape(x), spec, sizes))
+        for axis, over in shards.split_axes(spec):
+            if one is not None and axis in axes_of(one):
+                n = math.prod(sizes[name] for name in over)
+                moved += [Collective("all-gather", hlo_dtype(x.dtype), elements, n)] * (n > 1)
+                elements *= n
+    return WireCost("all_gather", layout_of(params).size, tuple(moved))

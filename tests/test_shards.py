@@ -15,7 +15,6 @@ from optax.contrib import MuonDimensionNumbers as Numbers
 
 import distlion_jax as dl
 from distlion_jax._vote import shards
-from distlion_jax._vote.turnout import Round
 from tests.helpers import B1, B2
 
 SHAPES = {
@@ -300,6 +299,22 @@ def test_orthogonalised_ballots_equal_unsharded_workers(options):
     assert {one.collective.dtype for one in crossing if one.collective.operand_bytes > 4} == {"u32"}
 
 
+@pytest.mark.parametrize("name", MESHES)
+def test_matrices_are_gathered_inside_a_worker_as_the_ledger_says(name):
+    axis = axis_of(name)
+    tx = dl.scale_by_distributed_muon(axis_name=axis, muon_weight_dimension_numbers=NUMBERS)
+    compiled, params = compiled_update(tx, name)
+    gathered = [c for c in dl.compiled_collectives(compiled, 8) if c.dtype == "f32"
+                and c.op == "all-gather"]  # fmt: skip
+    cost = dl.newton_schulz_cost(params, axis, NUMBERS)
+    assert sorted(gathered) == sorted(cost.collectives)
+    assert cost.bytes_received > 0
+    vote = dl.wire_cost(params, workers(name), axis_name=axis)
+    crossing = [one.collective for one in dl.crossings(compiled, mesh_of(name), axis)]
+    words = [c for c in crossing if c.operand_bytes > 4 or c.op != "collective-permute"]
+    assert sorted(words) == sorted(vote.collectives)
+
+
 def test_stacks_of_layers_are_orthogonalised_where_they_lie():
     """Layers that are split over devices are not gathered; heads and both axes of a layer are."""
     mesh, shapes = mesh_of("2x2x2"), {"stack": (4, 8, 16), "split": (4, 8, 16)}
@@ -546,7 +561,3 @@ def test_replicas_that_differ_are_found():
              for part, shard in zip(parts, x.addressable_shards, strict=True)],
         )  # fmt: skip
         assert not dl.replicas_agree({**params, name: bad}, mesh)
-
-
-def test_round_without_shards_has_none():
-    assert Round.__dataclass_fields__["shards"].default is None

@@ -8,7 +8,9 @@ all-reduce of ``b`` bytes receives ``2 (n-1)/n b``.
 
 import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 
 class Collective(NamedTuple):
@@ -36,6 +38,11 @@ class Collective(NamedTuple):
         if self.op == "all-reduce":
             return math.ceil(2 * (n - 1) * b / n)
         return b
+
+
+def hlo_dtype(dtype: Any) -> str:
+    """A floating dtype as HLO spells it."""
+    return "bf16" if dtype == "bfloat16" else f"f{8 * np.dtype(dtype).itemsize}"
 
 
 class WireCost(NamedTuple):

@@ -123,8 +123,7 @@ class Shards:
 
     def _split(self, leaf: int, axes: Collection[int]) -> list[tuple[int, tuple[str, ...]]]:
         """Of these axes of a leaf, those that are split, and over which of the mesh's."""
-        each = enumerate(names(P(part)) for part in self.specs[leaf])
-        return [(axis, over) for axis, over in each if over and axis in axes]
+        return [(axis, over) for axis, over in split_axes(self.specs[leaf]) if axis in axes]
 
     def kinds(self) -> list[tuple[frozenset[str], list[bool]]]:
         """Sets of axes that some leaf is split over; for each, which leaves are split over them."""
@@ -151,6 +150,12 @@ def names(spec: P) -> tuple[str, ...]:
     """The axes that a spec names."""
     parts = (part if isinstance(part, tuple) else (part,) for part in spec)
     return tuple(name for part in parts for name in part if name is not None)
+
+
+def split_axes(spec: P) -> list[tuple[int, tuple[str, ...]]]:
+    """The axes of a leaf that are split, and over which of the mesh's."""
+    each = enumerate(names(P(part)) for part in spec)
+    return [(axis, over) for axis, over in each if over]
 
 
 def shard_shape(shape: tuple[int, ...], spec: P, sizes: Mapping[str, int]) -> tuple[int, ...]:
