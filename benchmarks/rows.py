@@ -68,6 +68,7 @@ GROUPS: dict[str, str] = {
     "D-Muon majority, noise 2": "orthogonal",
     "D-Muon majority, cautious": "orthogonal",
     "D-Muon majority, error feedback": "orthogonal",
+    "D-Muon majority, blocks": "orthogonal",
     "D-Muon owner": "orthogonal",
 }
 

@@ -188,6 +188,15 @@ def test_trials_begin_as_they_say():
     np.testing.assert_allclose(owned["b"][0], -0.5 * np.sign(mean["b"]), rtol=1e-6)
 
 
+def test_blocks_are_orthogonalised_each_alone():
+    trials, rng = benchmark("quality.trials"), np.random.default_rng(0)
+    one = rng.normal(size=(6, 8)).astype(np.float32)
+    tx = trials.in_blocks(1.0, weight_decay=0.0, chosen=dl.hidden_matrices)
+    got = by_two_workers(tx, {"w": jnp.stack([one, one])}, {"w": jnp.asarray(one)})["w"][0]
+    for block in np.s_[:3, :4], np.s_[:3, 4:], np.s_[3:, :4], np.s_[3:, 4:]:
+        np.testing.assert_array_equal(got[block], -np.sign(reference.newton_schulz(one[block])))
+
+
 def test_half_a_line_goes_when_the_next_is_written_and_not_before(tmp_path):
     runs = benchmark("rows")
     whole = {"format": runs.FORMAT, "task": "text", "kind": "run", "split": "iid", "method": "Lion",

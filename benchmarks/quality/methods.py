@@ -298,6 +298,7 @@ def _tried(
 METHODS |= {
     "D-Muon majority, cautious": _tried(trials.cautious, 8e-3, 0.4, (0.8, 0.9)),
     "D-Muon majority, error feedback": _tried(trials.fed_back, 8e-3, 0.4, (0.8, 0.9)),
+    "D-Muon majority, blocks": _tried(trials.in_blocks, 8e-3, 0.4, (0.8, 0.9)),
     # Its owners send one bit, whatever the ballots' mean.
     "D-Muon owner": _tried(trials.owner_momentum, 3.2e-2, 0.2, trials.BETAS, "coin"),
 }

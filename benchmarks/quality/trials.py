@@ -7,6 +7,7 @@ Only to be compared with, under ``jax.vmap``: they sum dense votes, where a vote
   owner keeps the one momentum of the whole job and orthogonalises it once, 1/n of the work and
   memory each, and one bit comes down.
 * :func:`fed_back`: what a ballot's sign left out is added to the next one.
+* :func:`in_blocks`: a matrix is orthogonalised in four blocks, as devices would that each have one.
 * :func:`cautious`: weight decay only where it points the way of the verdict.
 """
 
@@ -20,13 +21,15 @@ import optax
 from jax import Array
 
 import distlion_jax as dl
-from distlion_jax._batches import numbers_of, orthogonalised
+from distlion_jax._batches import batch_of, numbers_of, orthogonalised
+from distlion_jax._orthogonal import newton_schulz
 from distlion_jax.exchanges import Roles
 
 NS_STEPS = 5
 BETAS = (0.5, 0.9)  # of the workers, of owner_momentum
 OWNER = 0.8  # decay of its owners' momentum
 FEEDBACK = 0.5
+BLOCKS = 2  # along each side of a matrix
 LENGTHS = (0.2, 0.5)  # of its steps: of hidden matrices, of the rest
 
 Chosen = Callable[[Any], Any]
@@ -104,6 +107,34 @@ def fed_back(
         signs, error = _ballots(_orthogonal(_mix(updates, state.mu, b1), chosen), state.error)
         direction = jax.tree.map(jnp.sign, jax.lax.psum(signs, "data"))
         return direction, TriedState(_mix(updates, state.mu, b2), error, state.owned)
+
+    return _chain(optax.GradientTransformation(_init, update), rate, weight_decay)
+
+
+def _orthogonal_blocks(x: Array, numbers: Any) -> Array:
+    """A leaf with blocks of its matrices orthogonalised, each alone."""
+    batch = batch_of(x.shape, numbers)
+    many, rows, columns = batch.shape
+    split = (many, BLOCKS, rows // BLOCKS, BLOCKS, columns // BLOCKS)
+    parts = batch.of(x).reshape(split).swapaxes(2, 3)
+    done = newton_schulz(parts.reshape(-1, *parts.shape[-2:]), NS_STEPS, jnp.float32)
+    return batch.back(done.reshape(parts.shape).swapaxes(2, 3).reshape(batch.shape))
+
+
+def in_blocks(
+    rate: Any, b1: Any = 0.8, b2: Any = 0.9, *, weight_decay: Any, chosen: Chosen
+) -> optax.GradientTransformation:
+    """distributed_muon, whose matrices are orthogonalised in blocks: no device needs another's."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, TriedState]:
+        del params
+        blends, treedef = jax.tree.flatten(_mix(updates, state.mu, b1))
+        pairs = zip(blends, numbers_of(chosen, updates), strict=True)
+        signs = treedef.unflatten(
+            [jnp.sign(x if one is None else _orthogonal_blocks(x, one)) for x, one in pairs]
+        )
+        direction = jax.tree.map(jnp.sign, jax.lax.psum(signs, "data"))
+        return direction, state._replace(mu=_mix(updates, state.mu, b2))
 
     return _chain(optax.GradientTransformation(_init, update), rate, weight_decay)
 

@@ -417,7 +417,7 @@ ADDED: list[tuple[str, Find, str]] = [
      f"the same methods' variants, `--budget 5 --workers 8 {AGAIN}`"),
     ("What else was tried?",
      variants("D-SignMuon majority", "D-Muon average", "D-Muon majority, cautious",
-              "D-Muon majority, error feedback", "D-Muon owner"),
+              "D-Muon majority, error feedback", "D-Muon majority, blocks", "D-Muon owner"),
      "the same; benchmarks/quality/trials.py"),
 ]  # fmt: skip
 
