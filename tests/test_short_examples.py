@@ -15,7 +15,7 @@ import distlion_jax as dl
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 RULES = {"kernel": "majority", "bias": "full", "scale": "full"}
-SHORT = ("unreliable_workers", "nodes", "by_layer", "batch_norm", "resume")
+SHORT = ("unreliable_workers", "nodes", "by_layer", "batch_norm", "resume", "sharded")
 
 
 def run(name, folder, *flags):
@@ -106,6 +106,25 @@ def test_resume(tmp_path):
         (0, 20, 8), (20, 40, 8), (20, 40, 8), (20, 40, 4),
     ]  # fmt: skip
     assert rows[1][2] == rows[2][2]
+
+
+def test_sharded(tmp_path):
+    said = run("sharded", tmp_path, "--steps", "30")
+    first, last = (number(rf"([\d.]+) in the {name}", said) for name in ("first", "last"))
+    assert last < first - 1.5
+    assert "all copies agree: True" in said
+    layer = {"qkv": (64, 192), "out": (64, 64), "up": (64, 256), "down": (256, 64)}
+    split = shapes(table=(64, 64), scale=(2, 128), **{k: (2, *s) for k, s in layer.items()})
+    vote = number(r"of which the vote ([\d,]+)", said)
+    assert vote == dl.wire_cost(split, 2).bytes_received
+    assert vote <= number(r"from the other replica: ([\d,]+)", said) <= vote + 100  # scalars
+    size = number(r"([\d,]+) parameters", said)
+    assert number(r"in full precision: ([\d,]+)", said) == size
+    for name in ("parameters", "momentum"):
+        held = number(rf"{name}: ([\d,]+), unsplit", said)
+        assert size <= held < 1.01 * size  # a quarter, at 4 bytes each; norms are not split
+    gathered = sum(3 * 2 * a * b * 4 for a, b in layer.values())  # by each of four devices
+    assert number(r"to orthogonalise: ([\d,]+)", said) == gathered
 
 
 @pytest.mark.parametrize("name", SHORT)
