@@ -23,6 +23,7 @@ from tests.sharded_model import (
     WIDTH,
     WORDS,
     batches,
+    in_float64,
     initial,
     loss_fn,
     mesh_of,
@@ -42,7 +43,7 @@ TRANSFORMATIONS = {
 
 @pytest.fixture(autouse=True)
 def float64():
-    with jax.enable_x64(True):
+    with in_float64():
         yield
 
 
@@ -150,6 +151,7 @@ def flax_nnx(tx, mesh):
 FACES = {
     "make_train_step": train_step,
     "own jit": own_jit,
+    "own jit, shard_map": functools.partial(own_jit, how="shard_map"),
     "own shard_map": own_shard_map,
     "TrainState": flax_train_state,
     "nnx.Optimizer": flax_nnx,

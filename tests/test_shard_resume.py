@@ -12,7 +12,17 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import distlion_jax as dl
-from tests.sharded_model import SHAPES, SPECS, batches, initial, loss_fn, mesh_of, place, rows
+from tests.sharded_model import (
+    SHAPES,
+    SPECS,
+    batches,
+    in_float64,
+    initial,
+    loss_fn,
+    mesh_of,
+    place,
+    rows,
+)
 
 OPTIONS = {"axis_name": "replica", "ballot": "ternary", "ties": "zero", "weight_decay": 0.1}
 KINDS = {
@@ -28,7 +38,7 @@ KINDS = {
 
 @pytest.fixture(autouse=True)
 def float64():
-    with jax.enable_x64(True):
+    with in_float64():
         yield
 
 
