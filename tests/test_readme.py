@@ -23,7 +23,7 @@ def test_python_blocks_run():
     assert float(scope["loss"]) == 1.0
 
 
-@pytest.mark.parametrize("page", ["checkpoints", "steps"])
+@pytest.mark.parametrize("page", ["checkpoints", "sharded", "steps"])
 def test_guides_run(page):
     """In a process of their own, as a reader would: they begin with the number of devices."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), re.S)

@@ -2,6 +2,7 @@
 """Votes of replicas whose models are split: the same bits as unsharded, and exact bytes."""
 
 import functools
+import itertools
 import math
 
 import jax
@@ -158,8 +159,17 @@ def compiled_update(tx, name, specs=SPECS):
     return jax.jit(tx.update).lower(grads, state, params).compile(), params
 
 
-@pytest.mark.parametrize("name", MESHES)
-@pytest.mark.parametrize("options", KINDS, ids=str)
+def on_meshes(fast, *more):
+    """Every mesh, with each of ``more``; marked slow but for those that ``fast`` picks."""
+    every = itertools.product(MESHES, *more)
+    return [pytest.param(*one, marks=[] if fast(*one) else [pytest.mark.slow], id=str(one))
+            for one in every]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    on_meshes(lambda name, options: name == "2x2x2" or options in KINDS[:2], KINDS),
+)
 def test_moves_the_ledger_of_the_shards_and_no_more(name, options):
     mesh, axis, n = mesh_of(name), axis_of(name), workers(name)
     tx = dl.scale_by_distributed_lion(axis_name=axis, **options)
@@ -299,7 +309,7 @@ def test_orthogonalised_ballots_equal_unsharded_workers(options):
     assert {one.collective.dtype for one in crossing if one.collective.operand_bytes > 4} == {"u32"}
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", on_meshes(lambda name: name == "2x2x2"))
 def test_matrices_are_gathered_inside_a_worker_as_the_ledger_says(name):
     axis = axis_of(name)
     tx = dl.scale_by_distributed_muon(axis_name=axis, muon_weight_dimension_numbers=NUMBERS)
