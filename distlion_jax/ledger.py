@@ -103,8 +103,14 @@ def wire_cost(
     return transports.cost(_voted_layout(params, axis_name), n, Rules(aggregation, **options))
 
 
-def full_precision_cost(params: Any, n: int, dtype: str = "f32") -> WireCost:
+def full_precision_cost(
+    params: Any, n: int, dtype: str = "f32", *, axis_name: AxisName | None = None
+) -> WireCost:
     """Cost of the ring all-reduce of gradients that the vote replaces.
+
+    Args:
+      params, n, axis_name: as in :func:`wire_cost`.
+      dtype: of the gradients on the wire, as HLO spells it.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -112,7 +118,12 @@ def full_precision_cost(params: Any, n: int, dtype: str = "f32") -> WireCost:
       >>> full_precision_cost(params, 8).bits_per_parameter
       56.0
     """
-    size = layout_of(params).size
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    placed = (
+        [(np.shape(x), *_placed(path, x, axis_name)) for path, x in leaves] if axis_name else []
+    )
+    shapes = [shards.shard_shape(*one) for one in placed] or [np.shape(x) for _, x in leaves]
+    size = sum(map(math.prod, shapes))
     return WireCost(
         "all_reduce", size, (Collective("all-reduce", dtype, size, n),) if n > 1 else ()
     )

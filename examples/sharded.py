@@ -6,9 +6,8 @@
 Two replicas of the model learn the source code of Python's own library, character by character.
 Each replica lies on 2 x 2 devices: every matrix is split in four, and so is its momentum. Once a
 step the two replicas vote with one bit a parameter. At the end stand the bytes that cross between
-them, as the compiled program moves them, and what a device holds.
-
-It takes about a minute on 2 cores. Downloads nothing.
+them, as the compiled program moves them, and what a device holds. It
+takes about a minute on 2 cores. Downloads nothing.
 """
 
 import argparse
@@ -82,17 +81,19 @@ def batches(steps: int, mesh: jax.sharding.Mesh) -> Any:
 
 def report(params: Any, state: Any, moved: int, mesh: jax.sharding.Mesh) -> None:
     """Prints what crosses between the replicas, and what a device holds."""
-    held = lambda tree: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))  # noqa: E731
-    vote, mean = dl.wire_cost(params, 2, axis_name="replica"), dl.full_precision_cost(params, 2)
-    inside = dl.newton_schulz_cost(params, "replica")
-    print(f"{mean.parameters:,} parameters; all copies agree: {dl.replicas_agree(params, mesh)}")
-    print("bytes that reach a device in each step:")
-    print(f"  from the other replica: {moved:,}, of which the vote {vote.bytes_received:,}")
-    print(f"  the same in full precision: {mean.bytes_received // 4:,}, a quarter of the gradient")
-    print(f"  inside the replica, to orthogonalise: {inside.bytes_received:,}")
+    size = sum(x.size for x in jax.tree.leaves(params))
+    print(f"{size:,} parameters; all copies agree: {dl.replicas_agree(params, mesh)}")
+    print(f"bytes that reach a device in each step:\n  from the other replica: {moved:,}")
+    for name, cost in {
+        "of these the vote": dl.wire_cost(params, 2, axis_name="replica"),
+        "instead of full precision": dl.full_precision_cost(params, 2, axis_name="replica"),
+        "inside the replica, to orthogonalise": dl.newton_schulz_cost(params, "replica"),
+    }.items():
+        print(f"  {name}: {cost.bytes_received:,}")
     print("bytes that a device holds:")
     for name, tree in (("parameters", params), ("momentum", state[0].mu)):
-        print(f"  {name}: {held(tree):,}, unsplit {4 * mean.parameters:,}")
+        held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+        print(f"  {name}: {held:,}, unsplit {4 * size:,}")
 
 
 def main() -> None:
@@ -110,8 +111,7 @@ def main() -> None:
             params, state, metrics = step(params, state, batch)
             losses.append(float(metrics.loss))
         print(f"loss {losses[0]:.3f} in the first step, {np.mean(losses[-10:]):.3f} in the last 10")
-        compiled = step.lower(params, state, next(batches(1, mesh))).compile()
-        crossing = dl.crossings(compiled, mesh, "replica")
+        crossing = dl.crossings(step.lower(params, state, next(batches(1, mesh))).compile(), mesh)
         moved = sum(one.collective.bytes_received for one in crossing)
         report(params, state, moved, mesh)
 

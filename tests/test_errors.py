@@ -321,6 +321,11 @@ def sharded(specs, mesh=None):
     )  # fmt: skip
 
 
+def sharded_update(grads, given=True):
+    tx = sharded({k: P() for k in PARAMS})()
+    return tx.update(grads, tx.init(PARAMS), PARAMS if given else None)
+
+
 def on_replicas(tx, mesh=None, **extra):
     """An update where only the vote's axis is manual."""
 
@@ -615,6 +620,18 @@ CASES = {
     "`specs['w']` is split over ['data'], the axis that votes ('data')": sharded({"w": P("data")}),
     "an array lies on a mesh of {'data': 4, 'model': 2}, and the step's has {'data': 2": sharded(
         placed(P("model")), split_mesh(axes=("data", "model", "x"))
+    ),
+    "`tx` declares no vote and no average over the workers: each replica would go": lambda: (
+        dl.sharded(optax.lion(0.1), split_mesh(), PARAMS, "data").init(PARAMS)
+    ),
+    "`updates['b']` has shape (3,), and the gradients of 4 replicas, (4, 3), were": lambda: (
+        sharded_update(PARAMS)
+    ),
+    "`updates['b']` has shape (2, 3), and the gradients of 4 replicas, (4, 3), were": lambda: (
+        sharded_update({k: jnp.ones((2, *x.shape)) for k, x in PARAMS.items()}, given=False)
+    ),
+    "`batch[0]` has shape (6,): its leading axis is split over 4 replicas": lambda: (
+        dl.replica_value_and_grad(loss, split_mesh(), "data")(PARAMS, jnp.ones(6))
     ),
     "`params` has no array with a sharding to read.": lambda: dl.state_specs(
         dl.distributed_lion(0.1).init(PARAMS), "data", {"w": np.ones(3)}

@@ -115,11 +115,12 @@ def test_sharded(tmp_path):
     assert "all copies agree: True" in said
     layer = {"qkv": (64, 192), "out": (64, 64), "up": (64, 256), "down": (256, 64)}
     split = shapes(table=(64, 64), scale=(2, 128), **{k: (2, *s) for k, s in layer.items()})
-    vote = number(r"of which the vote ([\d,]+)", said)
+    vote = number(r"the vote: ([\d,]+)", said)
     assert vote == dl.wire_cost(split, 2).bytes_received
     assert vote <= number(r"from the other replica: ([\d,]+)", said) <= vote + 100  # scalars
     size = number(r"([\d,]+) parameters", said)
-    assert number(r"in full precision: ([\d,]+)", said) == size
+    full = number(r"of full precision: ([\d,]+)", said)
+    assert full == dl.full_precision_cost(split, 2).bytes_received
     for name in ("parameters", "momentum"):
         held = number(rf"{name}: ([\d,]+), unsplit", said)
         assert size <= held < 1.01 * size  # a quarter, at 4 bytes each; norms are not split

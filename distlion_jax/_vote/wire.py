@@ -48,7 +48,8 @@ def size(axis_name: AxisName) -> int:
             "function mapped over that axis, as jax.shard_map over a mesh with an axis "
             f"{axis_name!r}, or "
             f"jax.pmap(..., axis_name={axis_name!r}); check the spelling; or pass axis_name=None "
-            "for one worker."
+            "for one worker. Under plain jax.jit, with a model that is split over a mesh, wrap the "
+            "transformation: distlion_jax.sharded(tx, mesh, params, axis_name)."
         ) from None
 
 

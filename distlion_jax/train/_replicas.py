@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -22,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from distlion_jax._rules import AxisName, check_choice
 from distlion_jax._vote import wire
 from distlion_jax._vote.shards import explicit_axes
-from distlion_jax.exchanges import with_extra_args
+from distlion_jax.exchanges import exchanges, with_extra_args
 from distlion_jax.train._mesh import local_value_and_grad
 from distlion_jax.train._notes import warn
 from distlion_jax.train._placement import Placement, specs_like, state_specs
@@ -60,13 +61,18 @@ def by_replica(tree: Any, place: Placement) -> Any:
     How they are split inside a worker is left to the compiler, and so to how they came.
     """
 
-    def one(x: Any) -> Any:
+    def one(path: Any, x: Any) -> Any:
         x = jnp.asarray(x)
+        if not x.ndim or x.shape[0] % place.workers:
+            raise ValueError(
+                f"`batch{jax.tree_util.keystr(path)}` has shape {x.shape}: its leading axis is "
+                f"split over {place.workers} replicas, and is no multiple of that."
+            )
         x = x.reshape(place.workers, x.shape[0] // place.workers, *x.shape[1:])
         spec = P(*place.by_worker, *(FREE for _ in x.shape[1:]))
         return jax.lax.with_sharding_constraint(x, NamedSharding(place.mesh, spec))
 
-    return jax.tree.map(one, tree)
+    return jax.tree_util.tree_map_with_path(one, tree)
 
 
 def check_automatic(mesh: Mesh, axis_name: AxisName) -> None:
@@ -94,7 +100,8 @@ def replica_value_and_grad(
 
     Args:
       fun: function of (params, batch, ...) to a scalar, or (scalar, aux) with ``has_aux``. It sees
-        one replica: whole parameters, and that replica's rows.
+        one replica: whole parameters, and that replica's rows. Close over what has no rows, such as
+        a key or a configuration.
       mesh: the mesh, of Auto axes.
       axis_name: the vote's axis, or axes. The model's own rules must not name them.
       has_aux: as in ``jax.value_and_grad``.
@@ -102,7 +109,8 @@ def replica_value_and_grad(
         lookup in an embedding that is split along two axes, it may move activations between
         replicas: :func:`distlion_jax.crossings` finds them. ``"shard_map"`` cannot move any, but
         XLA aborts the process for some models with two or more inner axes: those that index a
-        table that is split, or sort along an axis that is.
+        table that is split, or sort along an axis that is. Inside, constrain by a bare
+        ``PartitionSpec``: JAX refuses a ``NamedSharding`` there.
 
     Returns:
       A function of (params, batch, ...) to values and gradients with a leading axis [n], one entry
@@ -149,6 +157,29 @@ def replica_value_and_grad(
     return gradients
 
 
+def _check_declared(state: Any) -> None:
+    """Raises for a transformation that does not make replicas agree."""
+    if not exchanges(state):
+        raise ValueError(
+            "`tx` declares no vote and no average over the workers: each replica would go its own "
+            "way. Use distributed_lion; or put average_gradients(axis_name) before it and what "
+            "follows into replicated(...); or declare it, distlion_jax.exchange(tx)."
+        )
+
+
+def _check_stacked(grads: Any, params: Any, n: int) -> None:
+    """Raises unless gradients have an entry for each replica."""
+    shapes = map(np.shape, jax.tree.leaves(grads if params is None else params))
+    for (path, g), shape in zip(jax.tree_util.tree_leaves_with_path(grads), shapes, strict=False):
+        wanted = (n, *np.shape(g)[1:]) if params is None else (n, *shape)
+        if np.shape(g) != wanted:
+            raise ValueError(
+                f"`updates{jax.tree_util.keystr(path)}` has shape {np.shape(g)}, and the gradients "
+                f"of {n} replicas, {wanted}, were expected: distlion_jax.replica_value_and_grad "
+                "makes them."
+            )
+
+
 def _warn_of_boxes(params: Any) -> None:
     """A word where Flax's containers would name the axes of a state, less its worker axis."""
     is_box = lambda x: hasattr(x, "replace_boxed")  # noqa: E731
@@ -185,7 +216,13 @@ def sharded(
       A transformation. ``init(params)`` makes a state with a leading worker axis [n] that is
       split over ``axis_name``, and momenta that are split as the parameters are. In
       ``update(grads, state, params)`` gradients have that axis too; parameters and updates do not.
-      Extra arguments have an entry for each worker.
+      Extra arguments have an entry for each worker. Take shardings of a state from
+      ``jax.jit(tx.init)(params)`` or :func:`distlion_jax.state_specs`: those that a framework
+      derives from the names of parameters lack the worker axis, and momenta would travel.
+
+    Raises:
+      ValueError: for a ``tx`` that declares no exchange; for gradients without their leading axis;
+        for specs that are not of the mesh.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -212,6 +249,7 @@ def sharded(
     def init(params: Any) -> Any:
         _warn_of_boxes(params)
         state = spread(wrapped.init(params), place.workers)
+        _check_declared(state)
         return constrain(state, specs_like(state, axis_name, params, known), mesh)
 
     def mine(grads: Any, state: Any, params: Any, extra: Any) -> tuple[Any, Any]:
@@ -220,6 +258,8 @@ def sharded(
         return updates, stack(state)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        _check_declared(state)
+        _check_stacked(updates, params, place.workers)
         by_state = state_specs(state, axis_name)
         grads = constrain_each(updates, known, place)
         mapped = jax.shard_map(
