@@ -25,6 +25,7 @@ _OPS = (
     "ragged-all-to-all",
 )
 _INSTRUCTION = re.compile(r"%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)")  # name, result, op, rest
+_NAME = re.compile(r'op_name="([^"]*)"')
 _DCN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 
@@ -41,7 +42,8 @@ _LISTED = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")  # {{0,1},{2,3}}
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}")  # jax >= 0.12
 _PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{}]*\})\}")
-_SLICES = re.compile(r"megascale_target=(?:\{|\"|)\{([\d,]+)\}")  # the first group, of slices
+_TARGET = re.compile(r'_xla_megascale_target=("[^"]*"|\{\{.*?\}\})')  # between slices
+_SLICE = 100_000  # device 3 of the first slice is 100003
 
 
 def _ints(text: str) -> list[int]:
@@ -70,12 +72,54 @@ def _replica_groups(attributes: str) -> list[list[int]]:
     return []
 
 
+def _between_slices(target: str) -> list[list[int]]:
+    """Devices of several slices of TPUs that take part together, numbered as in the target."""
+    slices, product, chips = target.strip('"').partition("x")
+    if not product:  # {{100000,200000}}, or {{100000->200000}}
+        return _lists(target.replace("->", ","))
+    ends = _ints(chips.strip("{}").replace(":", ","))  # {1,2}x{0:3}: four groups of two
+    return [[n * _SLICE + k for n in _lists(slices)[0]] for k in range(ends[0], ends[-1] + 1)]
+
+
+def _numbers(mesh: Mesh) -> tuple[list[dict[int, int]], dict[int, int]]:
+    """Places in the mesh by the numbers that a program gives them: in each slice, between slices.
+
+    A slice of TPUs counts its own, in the order of the mesh; between slices they go by their ids.
+    """
+    slices: dict[int, list[int]] = {}
+    for place, device in enumerate(mesh.devices.flat):
+        slice_index = getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
+        slices.setdefault(slice_index, []).append(place)
+    between: dict[int, int] = {}
+    for slice_index, places in slices.items():
+        by_id = sorted(places, key=lambda place: mesh.devices.flat[place].id)
+        between |= {(slice_index + 1) * _SLICE + k: place for k, place in enumerate(by_id)}
+    return [dict(enumerate(places)) for places in slices.values()], between
+
+
+def _groups(
+    attributes: str, inside: list[dict[int, int]], between: dict[int, int]
+) -> list[list[int]]:
+    """Devices that take part together, as places in the mesh; all of it where that is not said."""
+    if target := _TARGET.search(attributes):
+        groups, known = _between_slices(target[1]), [between]
+    else:
+        pairs = _PAIRS.search(attributes)
+        groups, known = _replica_groups(attributes) or _lists(pairs[1] if pairs else ""), inside
+    everyone = [list(between.values())]
+    try:
+        return [[at[x] for x in group] for at in known for group in groups if group] or everyone
+    except KeyError:  # numbers that are not of this mesh
+        return everyone
+
+
 def _group_size(attributes: str, fallback: int) -> int:
     """How many take part together."""
     if groups := _replica_groups(attributes):
         return len(groups[0])
-    slices = _SLICES.search(attributes)
-    return len(_ints(slices[1])) if slices else fallback
+    target = _TARGET.search(attributes)
+    together = _lists(target[1]) if target else []
+    return len(together[0]) if together else fallback
 
 
 class _Move(NamedTuple):
@@ -84,11 +128,13 @@ class _Move(NamedTuple):
     op: str
     arrays: list[tuple[str, int]]  # dtypes and elements, of one device
     attributes: str
+    operation: str  # the JAX operation's name; where it has none, of what made its operands
 
 
 def _moves(text: str) -> Iterator[_Move]:
     """The instructions of a program that move arrays, in its order."""
     results: dict[str, list[tuple[str, int]]] = {}  # of the instructions so far, by name
+    operations: dict[str, str] = {}
     if not _INSTRUCTION.search(text):
         raise ValueError(
             f"`compiled` holds no HLO instruction (%name = type op(...)); it begins {text[:40]!r}. "
@@ -98,14 +144,20 @@ def _moves(text: str) -> Iterator[_Move]:
         results[name] = _arrays(result)
         op = op.removesuffix("-start")
         operands, _, attributes = rest.partition("), ")
-        arrays = [a for x in re.findall(r"%([\w.\-]+)", operands) for a in results.get(x, [])]
+        given = re.findall(r"%([\w.\-]+)", operands)
+        arrays = [a for x in given for a in results.get(x, [])]
+        said = _NAME.search(attributes)
+        operation = said[1] if said else next(filter(None, map(operations.get, given)), "")
+        operations[name] = operation
         if op == "send" and (match := _DCN.search(attributes)):
             # To other slices of TPUs. Its result holds what is sent, and a token.
-            yield _Move(match[1].lower().replace("_", "-"), results[name][:1], attributes)
+            kind = match[1].lower().replace("_", "-")
+            kind = "collective-permute" if kind == "one-to-one" else kind
+            yield _Move(kind, results[name][:1], attributes, operation)
         elif op in _OPS:
             if op == "all-to-all":
                 arrays = [(arrays[0][0], sum(elements for _, elements in arrays))]
-            yield _Move(op, arrays, attributes)
+            yield _Move(op, arrays, attributes, operation)
 
 
 def compiled_collectives(compiled: Any, workers: int) -> list[Collective]:
@@ -141,7 +193,7 @@ class Crossing(NamedTuple):
     """An array that a compiled program moves between workers."""
 
     collective: Collective
-    operation: str  # the JAX operation that it came from, as XLA names it
+    operation: str  # the JAX operation that it came from, as XLA names it; else of what it moves
 
 
 def crossings(compiled: Any, mesh: Mesh, axis_name: AxisName = "replica") -> list[Crossing]:
@@ -174,15 +226,12 @@ def crossings(compiled: Any, mesh: Mesh, axis_name: AxisName = "replica") -> lis
     text = compiled if isinstance(compiled, str) else compiled.as_text()
     places = [mesh.axis_names.index(name) for name in wire.axes(axis_name)]
     at = np.stack(np.unravel_index(np.arange(mesh.size), mesh.devices.shape), axis=1)[:, places]
+    inside, between = _numbers(mesh)
     found = []
     for move in _moves(text):
-        groups = _replica_groups(move.attributes)
-        if not groups and (pairs := _PAIRS.search(move.attributes)):
-            groups = _lists(pairs[1])
-        groups = groups or [list(range(mesh.size))]  # not said, or between slices
-        if any((at[group] != at[group[0]]).any() for group in groups if group):
-            name = re.search(r'op_name="([^"]*)"', move.attributes)
+        groups = _groups(move.attributes, inside, between)
+        if any((at[group] != at[group[0]]).any() for group in groups):
             n = _group_size(move.attributes, mesh.size)
-            found += [Crossing(Collective(move.op, dtype, size, n), name[1] if name else "")
+            found += [Crossing(Collective(move.op, dtype, size, n), move.operation)
                       for dtype, size in move.arrays]  # fmt: skip
     return found

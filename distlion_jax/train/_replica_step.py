@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from distlion_jax._vote import wire
 from distlion_jax._vote.shards import names, sharding_of
-from distlion_jax.hlo import crossings
+from distlion_jax.hlo import Crossing, crossings
 from distlion_jax.train import _audit as audit
 from distlion_jax.train._checks import check_declared, check_differ
 from distlion_jax.train._drive import Driver, Place, Step, given
@@ -31,7 +31,7 @@ from distlion_jax.train._state import stack, unstack
 from distlion_jax.train._worker import worker_update
 
 UPDATE = "update_of_replicas"  # the scope that names what the update sends, in compiled programs
-SMALL = 256  # bytes: scalars, keys
+SMALL = 1024  # bytes: scalars, keys; what TPUs send to other slices is padded to 512
 
 
 def replica_step(
@@ -181,12 +181,16 @@ def _warn_of_idle(place: Placement, params: Any, batch: Any) -> None:
         )
 
 
-def _warn_of_leaks(compiled: jax.stages.Compiled, place: Placement) -> None:
-    """A word where the compiler moves activations between replicas."""
+def leaks_of(compiled: jax.stages.Compiled, place: Placement) -> list[Crossing]:
+    """What the compiler of a step moves between replicas beside the update: activations."""
     found = crossings(compiled, place.mesh, place.vote_axes)
-    leaks = [one for one in found
-             if UPDATE not in one.operation and one.collective.operand_bytes > SMALL]  # fmt: skip
-    if not leaks:
+    return [one for one in found
+            if UPDATE not in one.operation and one.collective.operand_bytes > SMALL]  # fmt: skip
+
+
+def _warn_of_leaks(compiled: jax.stages.Compiled, place: Placement) -> None:
+    """A word where there are any."""
+    if not (leaks := leaks_of(compiled, place)):
         return
     worst = max(leaks, key=lambda one: one.collective.bytes_received)
     total = sum(one.collective.bytes_received for one in leaks)
