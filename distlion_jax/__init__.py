@@ -48,6 +48,7 @@ Bytes and seconds:
     full_precision_cost         the all-reduce that the vote replaces
     compiled_collectives        the collectives in a compiled program
     crossings                   those along the axis that votes, of a sharded model
+    leaks                       those that are no update's: activations
     newton_schulz_flops         arithmetic that distributed_muon adds to a worker's step
     newton_schulz_cost          what it gathers inside a worker, of a sharded model
     forecast_vote               seconds of a step on a given network
@@ -83,7 +84,7 @@ from distlion_jax.cluster import join
 from distlion_jax.exchanges import ReplicatedState, Roles, exchange, replicated
 from distlion_jax.finite import keep_finite
 from distlion_jax.forecast import Forecast, Link, break_even, forecast_all_reduce, forecast_vote
-from distlion_jax.hlo import Crossing, compiled_collectives, crossings
+from distlion_jax.hlo import Crossing, compiled_collectives, crossings, leaks
 from distlion_jax.ledger import (
     Collective,
     WireCost,
@@ -163,6 +164,7 @@ __all__ = [
     "init_state",
     "join",
     "keep_finite",
+    "leaks",
     "local",
     "local_value_and_grad",
     "make_global_batch",

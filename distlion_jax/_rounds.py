@@ -24,6 +24,7 @@ from distlion_jax._rules import AxisName, Rules
 from distlion_jax._vote import shards, stamp, turnout, wire
 from distlion_jax._vote.turnout import Round
 from distlion_jax._vote.words import Layout
+from distlion_jax.hlo import UPDATE
 
 
 class Healthy(NamedTuple):
@@ -183,4 +184,5 @@ def on_shards(
         check_vma=False,
     )
     index = {name: jnp.arange(size, dtype=jnp.int32) for name, size in split.sizes.items()}
-    return mapped(updates, mu, index, numbers, traced)
+    with jax.named_scope(UPDATE):
+        return mapped(updates, mu, index, numbers, traced)

@@ -9,11 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
+from distlion_jax._groups import group_size, groups_of, numbers_of_devices
 from distlion_jax._rules import AxisName
 from distlion_jax._vote import wire
 from distlion_jax._vote.costs import Collective
 
-__all__ = ["Crossing", "compiled_collectives", "crossings"]
+__all__ = ["Crossing", "compiled_collectives", "crossings", "leaks"]
+
+UPDATE = "distlion_update"  # the scope that names what updates of replicas send, in programs
+SMALL = 1024  # bytes: scalars, keys; what TPUs send to other slices is padded to 512
 
 _OPS = (
     "all-gather",
@@ -25,6 +29,7 @@ _OPS = (
     "ragged-all-to-all",
 )
 _INSTRUCTION = re.compile(r"%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)")  # name, result, op, rest
+_NAME = re.compile(r'op_name="([^"]*)"')
 _DCN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 
@@ -37,79 +42,19 @@ def _arrays(text: str) -> list[tuple[str, int]]:
     ]
 
 
-_LISTED = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")  # {{0,1},{2,3}}
-_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=(\S+)")  # [groups,size]<=[2,4]T(1,0)
-# mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'x','y':(1)2}: axes of XLA's own, or parts of them.
-_MESH = re.compile(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}")
-_AXIS = re.compile(r"('[^']*')(?::\((\d+)\)(\d+))?")  # a part: behind so many, of so many
-_PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{}]*\})\}")
-_SLICES = re.compile(r"megascale_target=(?:\{|\"|)\{([\d,]+)\}")  # the first group, of slices
-
-
-def _ints(text: str) -> list[int]:
-    return [int(x) for x in text.split(",") if x]
-
-
-def _lists(text: str) -> list[list[int]]:
-    return [_ints(group) for group in re.findall(r"\{([\d,]+)\}", text)]
-
-
-def _replica_groups(attributes: str) -> list[list[int]]:
-    """Devices that take part together, as places in the program's list of them; [] if not said."""
-    if match := _LISTED.search(attributes):
-        return _lists(match[1])
-    if match := _IOTA.search(attributes):
-        return _devices(match[2]).reshape(_ints(match[1])).tolist()
-    if match := _MESH.search(attributes):
-        return _mesh_groups(*match.groups())
-    return []
-
-
-def _devices(text: str) -> np.ndarray:
-    """Devices in the order that ``[2,4]T(1,0)`` says, or that is listed."""
-    match = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-    if not match:
-        return np.array(_ints(text))
-    sizes = _ints(match[1])
-    ids = np.arange(math.prod(sizes)).reshape(sizes)
-    return (ids.transpose(_ints(match[2])) if match[2] else ids).reshape(-1)
-
-
-def _mesh_groups(axes: str, devices: str | None, together: str) -> list[list[int]]:
-    """Groups along axes of a mesh: devices whose places are equal but for these axes."""
-    sizes = {name: int(size) for name, size in re.findall(r"('[^']*')=(\d+)", axes)}
-    count = math.prod(sizes.values())
-    places = np.stack(np.unravel_index(np.arange(count), list(sizes.values())), axis=1)
-    for name, before, size in _AXIS.findall(together):
-        k, whole = list(sizes).index(name), sizes[name]
-        behind = whole // (int(before or 1) * int(size or whole))
-        places[:, k] -= places[:, k] // behind % int(size or whole) * behind
-    groups: dict[tuple[int, ...], list[int]] = {}
-    ids = _devices(devices) if devices else np.arange(count)
-    for place, device in zip(map(tuple, places.tolist()), ids.tolist(), strict=True):
-        groups.setdefault(place, []).append(device)
-    return list(groups.values())
-
-
-def _group_size(attributes: str, fallback: int) -> int:
-    """How many take part together."""
-    if groups := _replica_groups(attributes):
-        return len(groups[0])
-    slices = _SLICES.search(attributes)
-    return len(_ints(slices[1])) if slices else fallback
-
-
 class _Move(NamedTuple):
     """An instruction that moves arrays between devices."""
 
     op: str
     arrays: list[tuple[str, int]]  # dtypes and elements, of one device
     attributes: str
+    operation: str  # the JAX operation's name; where it has none, of what made its operands
 
 
 def _moves(text: str) -> Iterator[_Move]:
     """The instructions of a program that move arrays, in its order."""
     results: dict[str, list[tuple[str, int]]] = {}  # of the instructions so far, by name
+    operations: dict[str, str] = {}
     if not _INSTRUCTION.search(text):
         raise ValueError(
             f"`compiled` holds no HLO instruction (%name = type op(...)); it begins {text[:40]!r}. "
@@ -119,14 +64,20 @@ def _moves(text: str) -> Iterator[_Move]:
         results[name] = _arrays(result)
         op = op.removesuffix("-start")
         operands, _, attributes = rest.partition("), ")
-        arrays = [a for x in re.findall(r"%([\w.\-]+)", operands) for a in results.get(x, [])]
+        given = re.findall(r"%([\w.\-]+)", operands)
+        arrays = [a for x in given for a in results.get(x, [])]
+        said = _NAME.search(attributes)
+        operation = said[1] if said else next(filter(None, map(operations.get, given)), "")
+        operations[name] = operation
         if op == "send" and (match := _DCN.search(attributes)):
             # To other slices of TPUs. Its result holds what is sent, and a token.
-            yield _Move(match[1].lower().replace("_", "-"), results[name][:1], attributes)
+            kind = match[1].lower().replace("_", "-")
+            kind = "collective-permute" if kind == "one-to-one" else kind
+            yield _Move(kind, results[name][:1], attributes, operation)
         elif op in _OPS:
             if op == "all-to-all":
                 arrays = [(arrays[0][0], sum(elements for _, elements in arrays))]
-            yield _Move(op, arrays, attributes)
+            yield _Move(op, arrays, attributes, operation)
 
 
 def compiled_collectives(compiled: Any, workers: int) -> list[Collective]:
@@ -152,7 +103,7 @@ def compiled_collectives(compiled: Any, workers: int) -> list[Collective]:
     """
     text = compiled if isinstance(compiled, str) else compiled.as_text()
     return [
-        Collective(move.op, dtype, elements, _group_size(move.attributes, workers))
+        Collective(move.op, dtype, elements, group_size(move.attributes, workers))
         for move in _moves(text)
         for dtype, elements in move.arrays
     ]
@@ -162,18 +113,14 @@ class Crossing(NamedTuple):
     """An array that a compiled program moves between workers."""
 
     collective: Collective
-    operation: str  # the JAX operation that it came from, as XLA names it
+    operation: str  # the JAX operation that it came from, as XLA names it; else of what it moves
 
 
 def crossings(compiled: Any, mesh: Mesh, axis_name: AxisName = "replica") -> list[Crossing]:
     """What a compiled program moves along the axis that votes.
 
     With a model that is split over the mesh's other axes, the vote's words and a few scalars should
-    be all. Anything else is moved by the compiler, where it cannot split an operation inside a
-    replica: activations, over the slow links. Look for large ones, and mend the operation that is
-    named: constrain the operand that it gathers from, for example the table of an embedding
-    (``jax.lax.with_sharding_constraint(table, P("tensor", None))``), or look up by a one-hot
-    product. :func:`distlion_jax.make_train_step` looks by itself, and warns.
+    be all. :func:`leaks` lists what is there beside them.
 
     Args:
       compiled: ``jax.jit(f).lower(...).compile()``, or the HLO text of one, of a program that runs
@@ -195,15 +142,42 @@ def crossings(compiled: Any, mesh: Mesh, axis_name: AxisName = "replica") -> lis
     text = compiled if isinstance(compiled, str) else compiled.as_text()
     places = [mesh.axis_names.index(name) for name in wire.axes(axis_name)]
     at = np.stack(np.unravel_index(np.arange(mesh.size), mesh.devices.shape), axis=1)[:, places]
+    inside, between = numbers_of_devices(mesh)
     found = []
     for move in _moves(text):
-        groups = _replica_groups(move.attributes)
-        if not groups and (pairs := _PAIRS.search(move.attributes)):
-            groups = _lists(pairs[1])
-        groups = groups or [list(range(mesh.size))]  # not said, or between slices
-        if any((at[group] != at[group[0]]).any() for group in groups if group):
-            name = re.search(r'op_name="([^"]*)"', move.attributes)
-            n = _group_size(move.attributes, mesh.size)
-            found += [Crossing(Collective(move.op, dtype, size, n), name[1] if name else "")
+        groups = groups_of(move.attributes, inside, between)
+        if any((at[group] != at[group[0]]).any() for group in groups):
+            n = group_size(move.attributes, mesh.size)
+            found += [Crossing(Collective(move.op, dtype, size, n), move.operation)
                       for dtype, size in move.arrays]  # fmt: skip
     return found
+
+
+def leaks(compiled: Any, mesh: Mesh, axis_name: AxisName = "replica") -> list[Crossing]:
+    """What a compiled program moves along the axis that votes, beside updates and scalars.
+
+    There should be nothing. The compiler moves activations between replicas, over the slow links,
+    where it cannot split an operation inside a replica. Mend the operation that is named: constrain
+    what it gathers from, for example the table of an embedding
+    (``jax.lax.with_sharding_constraint(table, NamedSharding(mesh, P("tensor", None)))``), or look
+    up by a one-hot product. :func:`distlion_jax.make_train_step` looks by itself, and warns.
+
+    Updates are those of :func:`distlion_jax.sharded` and of the ready-made step, and every vote.
+
+    Args:
+      compiled, mesh, axis_name: as in :func:`crossings`.
+
+    Returns:
+      What is larger than 1,024 bytes on a device.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+      >>> mesh = jax.make_mesh((2, 4), ("replica", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+      >>> x = jax.device_put(jnp.ones((8, 4096)), NamedSharding(mesh, P("replica", "fsdp")))
+      >>> leaks(jax.jit(lambda x: x.sum(0)).lower(x).compile(), mesh)[0].operation
+      'jit(<lambda>)/reduce_sum'
+    """
+    found = crossings(compiled, mesh, axis_name)
+    return [one for one in found
+            if UPDATE not in one.operation and one.collective.operand_bytes > SMALL]  # fmt: skip

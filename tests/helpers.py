@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trees, gradients and ways to run n workers, shared by the tests."""
 
+import collections
 import functools
 import importlib
 import os
@@ -153,3 +154,11 @@ def benchmark_command(name, *flags):
     path = os.pathsep.join(filter(None, [str(BENCHMARKS.parent), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, flags)]
     return command, {"env": os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}, "text": True}
+
+
+def beside(found, expected):
+    """What was found and not expected, after checking that all that was expected was found."""
+    rest = collections.Counter(found)
+    rest.subtract(expected)
+    assert min(rest.values(), default=0) >= 0, f"{expected} predicted, {found} in the program"
+    return list(rest.elements())

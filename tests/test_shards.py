@@ -16,7 +16,7 @@ from optax.contrib import MuonDimensionNumbers as Numbers
 
 import distlion_jax as dl
 from distlion_jax._vote import shards
-from tests.helpers import B1, B2
+from tests.helpers import B1, B2, beside
 
 SHAPES = {
     "both": (64, 128),
@@ -142,21 +142,43 @@ KINDS = [
 ]
 
 
-def compiled_update(tx, name, specs=SPECS):
-    mesh, axis = mesh_of(name), axis_of(name)
-    axis = (axis,) if isinstance(axis, str) else axis
+def placed_shapes(tx, mesh, axis="replica", shapes=SHAPES, specs=SPECS):
+    """The sharded transformation, and shapes of the gradients, state and parameters it takes."""
+    axes = (axis,) if isinstance(axis, str) else axis
+    n = math.prod(mesh.shape[name] for name in axes)
 
     def shaped(shape, spec, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
-    params = {k: shaped(s, specs[k]) for k, s in SHAPES.items()}
+    params = {k: shaped(s, specs[k]) for k, s in shapes.items()}
     tx = dl.sharded(tx, mesh, params, axis)
     state = jax.eval_shape(tx.init, params)
     state = jax.tree.map(
         lambda x, spec: shaped(x.shape, spec, x.dtype), state, dl.state_specs(state, axis, params)
     )
-    grads = {k: shaped((workers(name), *s), P(axis, *specs[k])) for k, s in SHAPES.items()}
-    return jax.jit(tx.update).lower(grads, state, params).compile(), params
+    grads = {k: shaped((n, *s), P(axes, *specs[k])) for k, s in shapes.items()}
+    return tx, grads, state, params
+
+
+def compiled_update(tx, name):
+    tx, *args = placed_shapes(tx, mesh_of(name), axis_of(name))
+    return jax.jit(tx.update).lower(*args).compile(), args[-1]
+
+
+def check_moves(over, every, ledger, options):
+    """Between replicas the ledger and scalars; inside them the flag, health and shared verdicts."""
+    # The rows of arange say who is who: scalars, which move by a permutation at most.
+    for c in beside(over, ledger):
+        assert c.operand_bytes <= 4
+        assert c.op == "collective-permute"
+    inside = beside(every, over)
+    segments = len(SHAPES) if options.get("health") == "leaf" else 1
+    floats = [c for c in inside if c.dtype == "f32" and c.op == "all-reduce"]
+    assert sum(c.elements for c in floats) <= 2 * segments + len(SHAPES) * ("noise" in options)
+    # The flag; and the verdict on what copies share, a byte a coordinate (the average: a float).
+    words = [c for c in beside(inside, floats) if c.operand_bytes > 4]
+    assert {c.dtype for c in words} <= {"f32" if "aggregation" in options else "s8"}
+    assert sum(c.elements for c in words) <= math.prod(SHAPES["shared"])
 
 
 def on_meshes(fast, *more):
@@ -175,21 +197,8 @@ def test_moves_the_ledger_of_the_shards_and_no_more(name, options):
     tx = dl.scale_by_distributed_lion(axis_name=axis, **options)
     compiled, params = compiled_update(tx, name)
     over = [one.collective for one in dl.crossings(compiled, mesh, axis)]
-    # The rows of arange say who is who: scalars, which move by a permutation at most.
-    over = [c for c in over if c.operand_bytes > 4 or c.op != "collective-permute"]
-    assert sorted(over) == sorted(dl.wire_cost(params, n, axis_name=axis, **options).collectives)
-    every = dl.compiled_collectives(compiled, mesh.size)
-    inside = list(every)
-    for one in over:
-        inside.remove(one)
-    segments = len(SHAPES) if options.get("health") == "leaf" else 1
-    floats = [c for c in inside if c.dtype == "f32" and c.op == "all-reduce"]
-    assert sum(c.elements for c in floats) <= 2 * segments + len(SHAPES) * ("noise" in options)
-    rest = [c for c in inside if c not in floats]
-    # The flag; and the verdict on what copies share, a byte a coordinate (the average: a float).
-    words = [c for c in rest if c.operand_bytes > 4]
-    assert {c.dtype for c in words} <= {"f32" if "aggregation" in options else "s8"}
-    assert sum(c.elements for c in words) <= math.prod(SHAPES["shared"])
+    ledger = dl.wire_cost(params, n, axis_name=axis, **options).collectives
+    check_moves(over, dl.compiled_collectives(compiled, mesh.size), ledger, options)
 
 
 def test_inside_a_mapped_function_of_ones_own():
@@ -524,6 +533,18 @@ def test_momentum_is_split_and_init_needs_no_room():
     assert memory.temp_size_in_bytes < 64
     mine = sum(math.prod(x.sharding.shard_shape(x.shape)) * 4 for x in params.values())
     assert memory.output_size_in_bytes < mine + 512
+
+
+def test_a_device_holds_its_shards_alone():
+    """Of parameters and momenta, before an update and after it."""
+    mesh, tx = mesh_of("2x2x2"), lion("replica")
+    params = parameters(mesh)
+    first = dl.init_state(tx, params, mesh, "replica")
+    ((updates, state),) = run_sharded(tx, "2x2x2", draws(2, 1))
+    for name, shape in SHAPES.items():
+        mine = 4 * math.prod(shards.shard_shape(shape, SPECS[name], mesh.shape))
+        for x in (params[name], first.mu[name], updates[name], state.mu[name]):
+            assert [shard.data.nbytes for shard in x.addressable_shards] == [mine] * 8
 
 
 def test_specs_of_a_state_follow_paths_and_shapes():

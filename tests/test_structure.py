@@ -23,7 +23,7 @@ MODULES = {name: ast.parse(path.read_text()) for name, path in PATHS.items()}
 # A module may import those of its own layer and of the layers before it; a room's name stands for
 # all modules in it.
 LAYERS = [
-    {"_promotion", "_rules", "_version", "exchanges", "cluster"},
+    {"_groups", "_promotion", "_rules", "_version", "exchanges", "cluster"},
     {"_vote"},
     {"_batches", "_checks", "_orthogonal", "_rounds", "accumulate", "finite", "hlo", "ledger"}
     | {"matrices"},

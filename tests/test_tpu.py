@@ -1,17 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real TPU programs, compiled for eight v5e chips without having one, against the ledger.
 
-The programs are compiled in a process of their own (``python -m tests.test_tpu FILE``), which
-leaves the backend of the other tests alone. ``pip install libtpu`` (Linux) makes it possible.
+The programs are compiled in a process of their own (:mod:`tests.tpu`).
 """
 
 import collections
-import json
 import math
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 import distlion_jax as dl
 from distlion_jax.baselines import QSGD, EFSign, PowerSGD, TernGrad, TopK, compressed_average
+from tests import tpu
+from tests.helpers import beside
 
-ROOT = pathlib.Path(__file__).parent.parent
-TIMEOUT = 400  # seconds for all programs together; a quiet machine takes a tenth
 N = 8
 METRICS_BYTES = 200  # what a train step may receive beside the vote, in scalars
 MODEL = {"w": (256, 1024), "u": (1024, 300), "b": (1024,), "scale": ()}
@@ -110,12 +104,9 @@ def read(compiled):
     return {"collectives": found, "temporaries": memory.temp_size_in_bytes}
 
 
-def main(file):
-    from jax.experimental import topologies
-
-    chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
-    assert len(chips) == N
-    mesh = Mesh(np.array(chips), ("data",))
+def read_all():
+    mesh = Mesh(np.array(tpu.chips("v5e:2x4")), ("data",))
+    assert mesh.size == N
     programs = {
         name: read(compiled_step(mesh, dl.distributed_lion(1e-3, **options)))
         for name, options in STEPS.items()
@@ -129,40 +120,13 @@ def main(file):
     programs["full"] = read(compiled_step(mesh, optax.lion(1e-3), gradients="mean"))
     for name, options in UPDATES.items():
         programs[f"update-{name}"] = read(compiled_update(mesh, dl.distributed_lion(1, **options)))
-    pathlib.Path(file).write_text(json.dumps(programs))
+    return programs
 
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
     """What was read out of each program."""
-    pytest.importorskip("libtpu", reason="TPU programs need libtpu: pip install libtpu")
-    file = tmp_path_factory.mktemp("tpu") / "programs.json"
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.test_tpu", str(file)],
-        cwd=ROOT,
-        # The last: beside another process that has it loaded, or has left its lock behind.
-        env=env
-        | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=TIMEOUT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    read = json.loads(file.read_text())
-    for program in read.values():
-        program["collectives"] = [dl.Collective(*c) for c in program["collectives"]]
-    return read
-
-
-def beside(found, expected):
-    """What was found and not expected, after checking that all that was expected was found."""
-    rest = collections.Counter(found)
-    rest.subtract(expected)
-    assert min(rest.values()) >= 0, f"{expected} predicted, {found} in the program"
-    return list(rest.elements())
+    return tpu.read_elsewhere(__name__, tmp_path_factory.mktemp("tpu"))
 
 
 @pytest.mark.parametrize("name", ["orthogonalised", *(name for name in STEPS if name != "psum")])
@@ -230,4 +194,4 @@ def test_update_needs_no_float_a_parameter(programs, name):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    tpu.write(read_all())

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from distlion_jax._vote import wire
 from distlion_jax._vote.shards import names, sharding_of
-from distlion_jax.hlo import crossings
+from distlion_jax.hlo import UPDATE, leaks
 from distlion_jax.train import _audit as audit
 from distlion_jax.train._checks import check_declared, check_differ
 from distlion_jax.train._drive import Driver, Place, Step, given
@@ -29,9 +29,6 @@ from distlion_jax.train._replicas import by_replica, check_automatic, constrain,
 from distlion_jax.train._specs import is_spec
 from distlion_jax.train._state import stack, unstack
 from distlion_jax.train._worker import worker_update
-
-UPDATE = "update_of_replicas"  # the scope that names what the update sends, in compiled programs
-SMALL = 256  # bytes: scalars, keys
 
 
 def replica_step(
@@ -183,18 +180,15 @@ def _warn_of_idle(place: Placement, params: Any, batch: Any) -> None:
 
 def _warn_of_leaks(compiled: jax.stages.Compiled, place: Placement) -> None:
     """A word where the compiler moves activations between replicas."""
-    found = crossings(compiled, place.mesh, place.vote_axes)
-    leaks = [one for one in found
-             if UPDATE not in one.operation and one.collective.operand_bytes > SMALL]  # fmt: skip
-    if not leaks:
+    if not (found := leaks(compiled, place.mesh, place.vote_axes)):
         return
-    worst = max(leaks, key=lambda one: one.collective.bytes_received)
-    total = sum(one.collective.bytes_received for one in leaks)
+    worst = max(found, key=lambda one: one.collective.bytes_received)
+    total = sum(one.collective.bytes_received for one in found)
     warn(
         f"the compiler moves {total:,} bytes a step and device between replicas, over "
         f"{place.vote_axes!r}, beside the vote: it cannot split some operation inside a replica. "
         f"The largest is {worst.collective.op} of {worst.collective.dtype}"
         f"[{worst.collective.elements}], of {worst.operation or 'no named operation'}. Constrain "
         "what it reads, such as the table of an embedding: jax.lax.with_sharding_constraint(table, "
-        'P("tensor", None)). distlion_jax.crossings lists all.'
+        f"NamedSharding(mesh, P({place.replica_axes[-1]!r}, None))). distlion_jax.leaks lists all."
     )

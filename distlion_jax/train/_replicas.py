@@ -24,6 +24,7 @@ from distlion_jax._rules import AxisName, check_choice
 from distlion_jax._vote import wire
 from distlion_jax._vote.shards import explicit_axes
 from distlion_jax.exchanges import exchanges, with_extra_args
+from distlion_jax.hlo import UPDATE
 from distlion_jax.train._mesh import local_value_and_grad
 from distlion_jax.train._notes import warn
 from distlion_jax.train._placement import Placement, specs_like, state_specs
@@ -269,7 +270,8 @@ def sharded(
             out_specs=(P(), by_state),
             axis_names=set(wire.axes(axis_name)),
         )
-        updates, new = mapped(grads, state, params, extra)
+        with jax.named_scope(UPDATE):
+            updates, new = mapped(grads, state, params, extra)
         updates = constrain(updates, known, mesh)
         return updates, constrain(new, specs_like(new, axis_name, updates, known), mesh)
 
