@@ -1,52 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """What goes wrong between processes is made right, or said in all of them; over real sockets."""
 
-import os
-import pathlib
-import subprocess
-import sys
-import time
-
 import numpy as np
 import pytest
 
 from distlion_jax.train._processes import Watch, Word
+from tests import launch
 from tests.helpers import free_port
 
-ROOT = pathlib.Path(__file__).parent.parent
-TIMEOUT = 170  # seconds for all processes of a situation
 SHAPES = [(2, 4), pytest.param((4, 2), marks=pytest.mark.slow)]  # processes, devices of each
 
 
 def run(folder, situation, processes, devices):
-    """What each process made of a situation; all are killed at the timeout."""
-    port, started = free_port(), []
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))}
+    """What each process made of a situation."""
+    port = free_port()
     files = [folder / f"{situation}-{processes}-{i}.npz" for i in range(processes)]
-    for i, file in enumerate(files):
-        command = [file, situation, processes, devices, i, port]
-        with open(file.with_suffix(".log"), "wb") as log:
-            started.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "tests.company_worker", *map(str, command)],
-                    cwd=ROOT,
-                    env=env,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-    deadline = time.monotonic() + TIMEOUT
-    try:
-        while any(p.poll() is None for p in started) and time.monotonic() < deadline:
-            time.sleep(0.1)
-    finally:
-        for p in started:
-            p.kill()
-            p.wait()
-    if not all(file.exists() for file in files):
-        logs = [f"--- {f.name}\n{f.read_text()[-3000:]}" for f in sorted(folder.glob("*.log"))]
-        pytest.fail(f"no result within {TIMEOUT} s\n" + "\n".join(logs), pytrace=False)
-    return [dict(np.load(file)) for file in files]
+    jobs = {file: (situation, processes, devices, i, port) for i, file in enumerate(files)}
+    return launch.run("company_worker", jobs, 170, ends_well=False)
 
 
 def test_who_waits_for_long_says_for_whom():

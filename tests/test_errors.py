@@ -857,7 +857,7 @@ CASES = {
         optax.chain(dl.exchange(optax.stateless(mean_of_all)), optax.scale(-0.1)),
         extra={"participating": np.ones(8, bool)},
     ),
-    "`rows['x']` has 7 rows, which the 8 devices of this process": lambda: dl.make_global_batch(
+    "`rows['x']` has 7 rows, which cannot be split into the 8 equal parts": lambda: dl.make_global_batch(
         {"x": np.ones((7, 3))}, dl.worker_mesh(8)
     ),
     # Several processes

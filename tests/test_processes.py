@@ -1,63 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real processes over a real network stack (gloo on loopback) equal one process, bit for bit."""
 
-import os
-import pathlib
-import subprocess
-import sys
-import time
-
 import numpy as np
 import pytest
 
+from tests import launch
 from tests.helpers import free_port
 from tests.process_worker import ABSENT, RUNS, SICK, STEPS, initial_params
 
-ROOT = pathlib.Path(__file__).parent.parent
-TIMEOUT = 120  # seconds for all processes of a run
-
-
-def start(folder, workers, process, port):
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))}
-    name = f"{workers}-{process}"
-    command = [sys.executable, "-m", "tests.process_worker", folder / f"{name}.npz"]
-    with open(folder / f"{name}.log", "wb") as log:
-        return subprocess.Popen(
-            [*map(str, command), str(workers), str(process), str(port)],
-            cwd=ROOT,
-            env=env,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-
-
-def wait(started, deadline):
-    """Waits until all have ended well; False as soon as one has not, or at the deadline."""
-    while time.monotonic() < deadline:
-        codes = [p.poll() for p in started]
-        if any(codes):
-            return False
-        if None not in codes:
-            return True
-        time.sleep(0.1)
-    return False
-
 
 def run(folder, workers, processes):
-    """The results of each process; all are killed, and their output shown, if one fails."""
+    """The results of these processes, of so many workers in all."""
     port = free_port()
-    started = [start(folder, workers, p, port) for p in processes]
-    try:
-        fine = wait(started, time.monotonic() + TIMEOUT)
-    finally:
-        for p in started:
-            p.kill()
-            p.wait()
-    if not fine:
-        logs = [f"--- {f.name}\n{f.read_text()}" for f in sorted(folder.glob("*.log"))]
-        codes = [p.returncode for p in started]
-        pytest.fail(f"exit codes {codes} within {TIMEOUT} s\n" + "\n".join(logs), pytrace=False)
-    return [dict(np.load(folder / f"{workers}-{p}.npz")) for p in processes]
+    jobs = {folder / f"{workers}-{p}.npz": (workers, p, port) for p in processes}
+    return launch.run("process_worker", jobs, 120)
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])

@@ -108,7 +108,10 @@ def agree(tree: Any, mesh: Mesh) -> bool:
 
 @functools.cache
 def comparison(mesh: Mesh, specs: tuple[P, ...]) -> Callable[[list[Array]], Array]:
-    """Of arrays with these specs: ``bool[devices]``, whether all copies have the same bits."""
+    """Of arrays with these specs: ``bool[devices]``, whether all copies have the same bits.
+
+    All devices say the same.
+    """
     copies = [tuple(a for a in mesh.axis_names if a not in names(spec)) for spec in specs]
 
     def compare(leaves: list[Array]) -> Array:
@@ -117,7 +120,8 @@ def comparison(mesh: Mesh, specs: tuple[P, ...]) -> Callable[[list[Array]], Arra
             some = [x for x, mine in zip(leaves, copies, strict=True) if mine == axes]
             if axes:
                 same &= all_same(some, axes)
-        return same[None]
+        # Devices compare their own parts, but all processes must go on alike, or none.
+        return wire.largest((~same).astype(jnp.int32), mesh.axis_names)[None] == 0
 
     return jax.jit(
         jax.shard_map(

@@ -63,7 +63,7 @@ def check_global(batch: Any, several: bool) -> None:
                 "distlion_jax.make_global_batch(rows, mesh), which makes one array of all."
             )
         sharding: Any = getattr(x, "sharding", None)
-        if concrete and not _rows_are_apart(sharding, x.shape):
+        if concrete and not rows_are_apart(sharding, x.shape):
             raise ValueError(
                 f"`batch{jax.tree_util.keystr(path)}` claims to be the same on several processes "
                 f"(its sharding is {sharding}): rows that they do not share would be dropped. "
@@ -73,7 +73,7 @@ def check_global(batch: Any, several: bool) -> None:
 
 
 @functools.lru_cache
-def _rows_are_apart(sharding: Any, shape: tuple[int, ...]) -> bool:
+def rows_are_apart(sharding: Any, shape: tuple[int, ...]) -> bool:
     """Whether no row lies on devices of two processes."""
     owners: dict[tuple[Any, Any], int] = {}
     for device, index in sharding.devices_indices_map(shape).items():

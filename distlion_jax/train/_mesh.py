@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from distlion_jax._rules import AxisName
 from distlion_jax._vote import wire
+from distlion_jax.train._checks import rows_are_apart
 from distlion_jax.train._processes import spans_processes
 
 
@@ -147,7 +148,8 @@ def make_global_batch(rows: Any, mesh: Mesh, axis_name: AxisName = "data") -> An
       processes along the mesh.
 
     Raises:
-      ValueError: for rows that this process's devices cannot share equally.
+      ValueError: for rows that this process's devices cannot share equally, and for axes that leave
+        devices of several processes with the same rows.
 
     Examples:
       >>> import numpy as np
@@ -155,27 +157,28 @@ def make_global_batch(rows: Any, mesh: Mesh, axis_name: AxisName = "data") -> An
       >>> batch["x"].addressable_shards[0].data.shape
       (2, 3)
     """
-    sharding = NamedSharding(mesh, P(axis_name))
-    mine = sum(d.process_index == jax.process_index() for d in mesh.devices.flat)
-    for path, x in jax.tree_util.tree_leaves_with_path(rows):
-        count = np.shape(x)[0] if np.ndim(x) else 0
-        if not mine or not count or count % mine:
-            raise ValueError(
-                f"`rows{jax.tree_util.keystr(path)}` has {count} rows, which the {mine} devices of "
-                "this process in the mesh cannot share equally. Each process passes the same "
-                f"number of rows, a multiple of {mine}."
-            )
+    sharding, here = NamedSharding(mesh, P(axis_name)), jax.process_index()
     split = int(np.prod([mesh.shape[name] for name in wire.axes(axis_name)]))
-    if spans_processes(mesh.devices.flat) and split < mesh.size:
+    if not rows_are_apart(sharding, (split,)):
         raise ValueError(
             f"`axis_name` {axis_name!r} leaves out axes of the mesh {dict(mesh.shape)}: their "
             "devices would share rows that processes have loaded apart. Name all axes that the "
             "batch is split over, those that vote first."
         )
+    parts = sharding.devices_indices_map((split,)).items()
+    mine = len({index[0].start for device, index in parts if device.process_index == here})
+    for path, x in jax.tree_util.tree_leaves_with_path(rows):
+        count = np.shape(x)[0] if np.ndim(x) else 0
+        if not mine or not count or count % mine:
+            raise ValueError(
+                f"`rows{jax.tree_util.keystr(path)}` has {count} rows, which cannot be split into "
+                f"the {mine} equal parts that this process's devices hold. Each process passes the "
+                f"same number of rows, a multiple of {mine}."
+            )
 
     def one(x: Any) -> jax.Array:
         x = np.asarray(x)
-        whole = (x.shape[0] // mine * split, *x.shape[1:]) if split == mesh.size else None
+        whole = x.shape[0] // mine * split, *x.shape[1:]
         return jax.make_array_from_process_local_data(sharding, x, whole)
 
     return jax.tree.map(one, rows)
