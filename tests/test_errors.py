@@ -857,8 +857,8 @@ CASES = {
         optax.chain(dl.exchange(optax.stateless(mean_of_all)), optax.scale(-0.1)),
         extra={"participating": np.ones(8, bool)},
     ),
-    "`rows['x']` has 7 rows, which cannot be split into the 8 equal parts": lambda: dl.make_global_batch(
-        {"x": np.ones((7, 3))}, dl.worker_mesh(8)
+    "`rows['x']` has 7 rows, which cannot be split into the 8 equal parts": lambda: (
+        dl.make_global_batch({"x": np.ones((7, 3))}, dl.worker_mesh(8))
     ),
     # Several processes
     "process 1 raised in call 2 of the step, and process 0 waits in call 3: ValueError: x": (
