@@ -8,8 +8,13 @@ import signal
 import subprocess
 import time
 
+import jax
+import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+import distlion_jax as dl
 from tests.helpers import benchmark, benchmark_command
 
 needs_root = pytest.mark.skipif(
@@ -89,6 +94,29 @@ def test_loopback_needs_no_root(tmp_path):
     assert process.returncode == 0, errors
     assert "not counted" in text
     assert set(rows(tmp_path)) == {("loopback", "local"), ("loopback", "majority")}
+
+
+@pytest.mark.slow
+def test_devices_of_a_process_share_its_link(tmp_path):
+    """Every one of them exchanges its shards; methods that know none are left out."""
+    root = os.geteuid() == 0
+    flags = ["--workloads", "sharded", "--processes", 2, "--rounds", 3]
+    methods = ["--methods", "lion fp32", "majority", "qsgd"]
+    process = start(tmp_path, *flags, *methods, *([] if root else ["--loopback"]), *RATE[root])
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    found = {method: row for (_, method), row in rows(tmp_path).items()}
+    assert set(found) == {"lion fp32", "majority"}
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3)
+    matrix = jax.ShapeDtypeStruct(
+        (1024, 1024), np.float32, sharding=NamedSharding(mesh, P("fsdp", "tensor"))
+    )
+    device = dl.wire_cost([matrix] * 24, 2, axis_name="data").bytes_received
+    assert found["majority"]["predicted"] == 4 * device
+    assert found["lion fp32"]["predicted"] == 4 * found["lion fp32"]["parameters"]
+    if root:
+        for row in found.values():
+            assert row["predicted"] < row["received"] < 1.05 * row["predicted"]
 
 
 @pytest.mark.slow

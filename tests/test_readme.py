@@ -42,7 +42,7 @@ def test_network_tables_are_of_the_results_in_the_repository():
     command = ["-m", "benchmarks.report.network_summary", "benchmarks/results/network.jsonl"]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     parts = done.stdout.strip().split("\n\n")
-    assert len(parts) == 6, done.stderr
+    assert len(parts) == 7, done.stderr
     for part in parts:
         assert part in README
 

@@ -22,5 +22,8 @@ COMPRESSED: dict[str, tuple[str, dict[str, object]]] = {
     "top-k 1%": ("TopK", {"density": 0.01}),
     "powersgd": ("PowerSGD", {"rank": 1}),
 }
+# Devices of a process, by the axes that matrices are split over; in other workloads it has one.
+SLICES = {"sharded": {"fsdp": 2, "tensor": 2}}
 METHODS = ("local", *DENSE, *VOTES, *COMPRESSED)
+SHARDED = ("local", "lion fp32", *VOTES)  # XLA for CPU aborts on the all-reduce in bfloat16
 PEERS = ("torch local", "torch ddp", "torch ddp fp16", "torch ddp powersgd")

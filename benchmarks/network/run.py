@@ -11,7 +11,9 @@ same time; bytes are the interface's own counters, TCP's overhead included. Work
 (25.2 M parameters, update and exchange alone), `linear` (the gradient of 24 linear layers of
 1024 x 1024 and one example a worker, and the update), `small` and `large` (of a transformer of
 0.4 M and 25.3 M parameters, 4 x 64 characters a worker). --peers adds PyTorch's
-DistributedDataParallel to `linear`.
+DistributedDataParallel to `linear`. In `sharded`, which is `linear` otherwise, a process has four
+devices, a quarter of every matrix on each: they share the process's link. What they send to one
+another goes over loopback, neither shaped nor counted. Methods that know no shards are left out.
 
 Results are kept (one JSON line a cell and method) and not measured again; --fresh forgets them.
 """
@@ -32,12 +34,12 @@ from benchmarks.cli import command_line
 from benchmarks.compute import timing
 from benchmarks.network import netns
 from benchmarks.network.group import Group
-from benchmarks.network.methods import METHODS, PEERS
+from benchmarks.network.methods import METHODS, PEERS, SHARDED, SLICES
 from benchmarks.report import network as report
 
 RATES = {"unshaped": None, "10gbit": "10gbit", "1gbit": "1gbit", "100mbit": "100mbit",
          "10mbit": "10mbit"}  # fmt: skip
-WORKLOADS = ("exchange", "linear", "small", "large")
+WORKLOADS = ("exchange", "linear", "small", "large", "sharded")
 PORT = 7777  # nobody else is in the namespace
 
 Row = dict[str, Any]
@@ -62,9 +64,10 @@ def plan(args: argparse.Namespace, known: list[Row]) -> list[Job]:
     have = {(r["workload"], r["processes"], r["rate"], r["method"]) for r in known}
     jobs = []
     for workload, n in itertools.product(args.workloads, args.processes):
-        modules = {"benchmarks.network.worker": args.methods}
+        able = SHARDED if workload in SLICES else METHODS
+        modules = {"benchmarks.network.worker": [m for m in args.methods if m in able]}
         if args.peers and workload == "linear":
-            modules["benchmarks.network.torch_worker"] = PEERS
+            modules["benchmarks.network.torch_worker"] = list(PEERS)
         for module, methods in modules.items():
             cells = {
                 rate: [m for m in methods if (workload, n, rate, m) not in have]

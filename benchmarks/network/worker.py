@@ -6,27 +6,30 @@ torch_worker.py is its twin for the methods of PyTorch; how both measure is roun
 """
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
+from benchmarks.network.methods import COMPRESSED, DENSE, SLICES, VOTES
+
 if __name__ == "__main__":  # before anything of JAX runs
     TASK = json.loads(sys.argv[1])
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", 1)
+    jax.config.update("jax_num_cpu_devices", math.prod(SLICES.get(TASK["workload"], {}).values()))
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
 
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import distlion_jax as dl
 from benchmarks.network import rounds
-from benchmarks.network.methods import COMPRESSED, DENSE, VOTES
 from benchmarks.tasks.models import Transformer, make_loss, spread
 from distlion_jax import baselines
 
@@ -78,9 +81,15 @@ def linear_loss(params: Any, x: jax.Array) -> jax.Array:
     return jnp.mean(x**2)
 
 
-def workload(name: str, mesh: Any) -> tuple[Any, Any, Callable[[Any, Any], Any]]:
+def make_mesh(name: str, n: int) -> Mesh:
+    """The processes along `data`, their own devices along the other axes."""
+    sizes = {"data": n, **SLICES.get(name, {})}
+    return jax.make_mesh((*sizes.values(),), (*sizes,), (AxisType.Auto,) * len(sizes))
+
+
+def workload(name: str, mesh: Mesh) -> tuple[Any, Any, Callable[[Any, Any], Any]]:
     """Parameters, a batch, and the worker's gradient of both."""
-    n, sharding = mesh.size, jax.sharding.NamedSharding(mesh, P("data"))
+    n, sharding = mesh.shape["data"], NamedSharding(mesh, P("data"))
     rng = np.random.default_rng(0)
     if name == "exchange":
         params = {f"w{i}": np.zeros((SIDE, SIDE), np.float32) for i in range(MATRICES)}
@@ -91,7 +100,7 @@ def workload(name: str, mesh: Any) -> tuple[Any, Any, Callable[[Any, Any], Any]]
             for k, x in mine.items()
         }
         return params, batch, lambda params, batch: jax.tree.map(lambda x: x[0], batch)
-    if name == "linear":
+    if name in ("linear", "sharded"):
         params = {
             f"w{i}": rng.standard_normal((SIDE, SIDE), np.float32) / 32 for i in range(MATRICES)
         }
@@ -107,17 +116,22 @@ def workload(name: str, mesh: Any) -> tuple[Any, Any, Callable[[Any, Any], Any]]
     return jax.device_get(params), batch, lambda params, batch: gradient(params, batch)[1]
 
 
-def make_step(method: Method, gradient: Callable[[Any, Any], Any], mesh: Any) -> Any:
-    """The jitted step, buffers donated; the state is stacked."""
+def make_step(method: Method, gradient: Callable[[Any, Any], Any], mesh: Mesh, spec: P) -> Any:
+    """The jitted step, buffers donated; the state is stacked. All parameters have this spec."""
+    update = optax.with_extra_args_support(method.tx).update
 
     def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
-        updates, state = method.tx.update(gradient(params, batch), dl.unstack(state), params)
+        grads, known = gradient(params, batch), {}
+        if len(spec):  # the same layout for all methods
+            grads = jax.lax.with_sharding_constraint(grads, spec)
+            known = {"specs": jax.tree.map(lambda _: spec, params)}
+        updates, state = update(grads, dl.unstack(state), params, **known)
         return optax.apply_updates(params, updates), dl.stack(state)
 
     def run(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
         by_state = dl.state_specs(state)
         specs = dict(in_specs=(P(), by_state, P("data")), out_specs=(P(), by_state))
-        mapped = jax.shard_map(step, mesh=mesh, check_vma=False, **specs)  # type: ignore[arg-type]
+        mapped = jax.shard_map(step, mesh=mesh, axis_names={"data"}, check_vma=False, **specs)  # type: ignore[arg-type]
         return mapped(params, state, batch)
 
     return jax.jit(run, donate_argnums=(0, 1))
@@ -128,18 +142,22 @@ class Runner:
 
     warmup = 1  # compiles
 
-    def __init__(self, name: str, params: Any, batch: Any, gradient: Any, mesh: Any) -> None:
-        method = make_method(name)
-        cost = method.cost(params, mesh.size)
+    def __init__(self, name: str, params: Any, batch: Any, gradient: Any, mesh: Mesh) -> None:
+        method, n = make_method(name), mesh.shape["data"]
+        spec = P(*mesh.axis_names[1:])  # of matrices, where a process has more than one device
+        sharding = NamedSharding(mesh, spec)
+        copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=sharding)
+        self.params, self.batch = copy(spread(params, sharding)), batch  # the step gives them away
+        self.state = dl.init_state(method.tx, self.params, mesh)
+        shards = jax.tree.map(lambda x: x.addressable_shards[0].data, self.params)
+        cost = method.cost(shards, n)  # of one of the devices that share the link
         self.facts = {
-            "predicted": cost.bytes_received if cost else 0,
+            "predicted": cost.bytes_received * mesh.size // n if cost else 0,
             "transport": cost.transport if cost else "",
             "parameters": sum(x.size for x in jax.tree.leaves(params)),
             "versions": {"jax": jax.__version__},
         }
-        self.batch = batch
-        self.step = make_step(method, gradient, mesh)
-        self.params, self.state = dl.replicate(params, mesh), dl.init_state(method.tx, params, mesh)
+        self.step = make_step(method, gradient, mesh, spec)
 
     def run(self) -> None:
         """One step, waited for."""
@@ -152,7 +170,7 @@ def main() -> int:
     """Joins the others, measures, writes."""
     n, i = TASK["processes"], TASK["process"]
     dl.join(TASK["coordinator"], n, i, program=json.dumps(TASK["methods"]), timeout=60)
-    mesh = dl.worker_mesh()
+    mesh = make_mesh(TASK["workload"], n)
     inputs = workload(TASK["workload"], mesh)
     runners = {name: Runner(name, *inputs, mesh) for name in TASK["methods"]}
 

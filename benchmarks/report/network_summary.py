@@ -79,6 +79,30 @@ def growth(cells: Cells) -> str:
     return table(["MB received a step", *(f"n = {n}" for n in numbers)], body)
 
 
+def slices(cells: Cells) -> str:
+    """Steps a second, and bytes, of processes with several devices, which share a link."""
+    rates = _links(cells, "sharded")
+    numbers = sorted({n for workload, n, _ in cells if workload == "sharded"})
+
+    def speed(rate: str, n: int, name: str) -> str:
+        methods = cells["sharded", n, rate]
+        over = median(methods["lion fp32"]) / median(methods[name])
+        return f"{1 / median(methods[name]):.2f} ({over:.1f} x)"
+
+    def megabytes(n: int, name: str) -> str:
+        row = cells["sharded", n, rates[0]][name]
+        return f"{row['predicted'] / 1e6:.2f} / {row['received'] / 1e6:.2f}"
+
+    body = [
+        [name, *(speed(rate, n, name) for rate in rates for n in numbers),
+         *(megabytes(n, name) for n in numbers)]
+        for name in cells["sharded", numbers[0], rates[0]]
+    ]  # fmt: skip
+    head = [f"steps/s at {LINKS[rate]}, n = {n}" for rate in rates for n in numbers]
+    head += [f"MB, ledger / counted, n = {n}" for n in numbers]
+    return table(["method", *head], body)
+
+
 def accuracy(rows: Sequence[Row]) -> str:
     """How far the counted bytes lie above the ledger's, at 25 M parameters."""
     over = [
@@ -99,12 +123,12 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("results", type=Path, help="network.run's results.jsonl")
     results = p.parse_args(argv).results
     rows = read(results)
-    if {"exchange", "large", "linear"} - {row["workload"] for row in rows}:
-        p.error(f"{results} lacks one of the workloads exchange, large and linear")
+    if {"exchange", "large", "linear", "sharded"} - {row["workload"] for row in rows}:
+        p.error(f"{results} lacks one of the workloads exchange, large, linear and sharded")
     cells = groups(rows)
     votes = [("majority", 2), (CHUNKS, 2), ("majority", 4), (CHUNKS, 4), ("majority", 8)]
     print(speeds(cells, "exchange", votes), speeds(cells, "large", votes[:4]), exchanges(cells),
-          others(cells), growth(cells), accuracy(rows), sep="\n\n")  # fmt: skip
+          others(cells), slices(cells), growth(cells), accuracy(rows), sep="\n\n")  # fmt: skip
     return 0
 
 
