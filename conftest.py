@@ -5,6 +5,7 @@ import os
 import tempfile
 
 import jax
+import jax.experimental
 import pytest
 
 # Many programs are compiled more than once, by tests, their processes and pytest's workers.
@@ -36,3 +37,12 @@ def programs_of_one_module():
     """Every program compiled for a CPU maps memory, and a process may hold 65,530 maps on Linux."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def float64():
+    """A test in float64."""
+    # The second is before jax 0.8.
+    enable = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+    with enable(True):
+        yield

@@ -48,12 +48,19 @@ def _voted_layout(params: Any, axis_name: AxisName | None) -> Layout:
                     'axis that votes, as wire_cost(..., axis_name="replica").'
                 )
         return layout_of(params)
-    placed = [(np.shape(x), *_placed(path, x, axis_name))
-              for path, x in jax.tree_util.tree_leaves_with_path(params)]  # fmt: skip
-    return Layout([shards.voted_shape(*one) for one in placed])
+    return Layout([shards.voted_shape(*one) for one in _placed(params, axis_name)])
 
 
-def _placed(path: Any, x: Any, axis_name: AxisName) -> tuple[PartitionSpec, dict[str, int]]:
+Placed = tuple[tuple[int, ...], PartitionSpec, dict[str, int]]
+
+
+def _placed(params: Any, axis_name: AxisName) -> list[Placed]:
+    """Of each leaf its shape, and how it is split inside a worker: :func:`_split`."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return [(np.shape(x), *_split(path, x, axis_name)) for path, x in leaves]
+
+
+def _split(path: Any, x: Any, axis_name: AxisName) -> tuple[PartitionSpec, dict[str, int]]:
     """How a leaf is split inside a worker: its spec, and the sizes of the worker's own axes."""
     sharding = shards.sharding_of(x)
     if not isinstance(sharding, NamedSharding):
@@ -118,12 +125,10 @@ def full_precision_cost(
       >>> full_precision_cost(params, 8).bits_per_parameter
       56.0
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    placed = (
-        [(np.shape(x), *_placed(path, x, axis_name)) for path, x in leaves] if axis_name else []
-    )
-    shapes = [shards.shard_shape(*one) for one in placed] or [np.shape(x) for _, x in leaves]
-    size = sum(map(math.prod, shapes))
+    if axis_name is None:
+        size = layout_of(params).size
+    else:
+        size = sum(math.prod(shards.shard_shape(*one)) for one in _placed(params, axis_name))
     return WireCost(
         "all_reduce", size, (Collective("all-reduce", dtype, size, n),) if n > 1 else ()
     )
@@ -156,10 +161,10 @@ def newton_schulz_cost(
       12288
     """
     numbers = numbers_of(muon_weight_dimension_numbers, params)
-    moved, leaves = [], jax.tree_util.tree_leaves_with_path(params)
-    for (path, x), one in zip(leaves, numbers, strict=True):
-        spec, sizes = _placed(path, x, axis_name)
-        elements = math.prod(shards.shard_shape(np.shape(x), spec, sizes))
+    moved, leaves = [], jax.tree.leaves(params)
+    placed = _placed(params, axis_name)
+    for x, (shape, spec, sizes), one in zip(leaves, placed, numbers, strict=True):
+        elements = math.prod(shards.shard_shape(shape, spec, sizes))
         for axis, over in shards.split_axes(spec):
             if one is not None and axis in axes_of(one):
                 n = math.prod(sizes[name] for name in over)

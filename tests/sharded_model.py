@@ -2,7 +2,6 @@
 """A small model that is split over the devices of a replica."""
 
 import jax
-import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -14,13 +13,6 @@ SHAPES = {"up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH), "bias": (WIDTH,),
           "table": (WORDS, WIDTH), "scale": (HIDDEN,)}  # fmt: skip
 SPECS = {"up": P("fsdp", "tensor"), "down": P("tensor", "fsdp"), "bias": P(),
          "table": P(None, "fsdp"), "scale": P("tensor")}  # fmt: skip
-
-
-def in_float64():
-    """A block of code in which numbers are float64."""
-    if hasattr(jax, "enable_x64"):
-        return jax.enable_x64(True)
-    return jax.experimental.enable_x64()  # before jax 0.8
 
 
 def mesh_of(replicas, fsdp, tensor):

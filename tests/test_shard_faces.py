@@ -23,7 +23,6 @@ from tests.sharded_model import (
     WIDTH,
     WORDS,
     batches,
-    in_float64,
     initial,
     loss_fn,
     mesh_of,
@@ -41,10 +40,7 @@ TRANSFORMATIONS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    with in_float64():
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.fixture

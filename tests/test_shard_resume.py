@@ -16,7 +16,6 @@ from tests.sharded_model import (
     SHAPES,
     SPECS,
     batches,
-    in_float64,
     initial,
     loss_fn,
     mesh_of,
@@ -36,10 +35,7 @@ KINDS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    with in_float64():
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def begin(tx, mesh):

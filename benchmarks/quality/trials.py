@@ -44,13 +44,16 @@ class TriedState(NamedTuple):
     roles = Roles(exchange=True, own=("mu", "error"), shared=("owned",))
 
 
-def _orthogonal(tree: Any, chosen: Chosen) -> Any:
+def _whole(x: Array, numbers: Any) -> Array:
+    """A leaf with its matrices orthogonalised."""
+    return orthogonalised(x, numbers, NS_STEPS, jnp.float32)
+
+
+def _orthogonal(tree: Any, chosen: Chosen, each: Callable[[Array, Any], Array] = _whole) -> Any:
     """The tree, with its hidden matrices orthogonalised."""
     leaves, treedef = jax.tree.flatten(tree)
     pairs = zip(leaves, numbers_of(chosen, tree), strict=True)
-    return treedef.unflatten(
-        [x if one is None else orthogonalised(x, one, NS_STEPS, jnp.float32) for x, one in pairs]
-    )
+    return treedef.unflatten([x if one is None else each(x, one) for x, one in pairs])
 
 
 def _init(params: optax.Params) -> TriedState:
@@ -128,11 +131,8 @@ def in_blocks(
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, TriedState]:
         del params
-        blends, treedef = jax.tree.flatten(_mix(updates, state.mu, b1))
-        pairs = zip(blends, numbers_of(chosen, updates), strict=True)
-        signs = treedef.unflatten(
-            [jnp.sign(x if one is None else _orthogonal_blocks(x, one)) for x, one in pairs]
-        )
+        blocks = _orthogonal(_mix(updates, state.mu, b1), chosen, _orthogonal_blocks)
+        signs = jax.tree.map(jnp.sign, blocks)
         direction = jax.tree.map(jnp.sign, jax.lax.psum(signs, "data"))
         return direction, state._replace(mu=_mix(updates, state.mu, b2))
 
